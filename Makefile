@@ -1,0 +1,37 @@
+# What the README tells people to type. Every target makes the virtual environment it needs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: quickstart test check format bench clean
+
+quickstart: $(VENV)/.user
+	$(BIN)/tessella quickstart --out quickstart
+
+test: $(VENV)/.developer
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+check: $(VENV)/.developer
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.developer
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.developer
+	$(BIN)/python benchmarks/quantizers.py
+	$(BIN)/python benchmarks/large_codebook.py
+
+$(VENV)/.user: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[eval,track]'
+	touch $@
+
+$(VENV)/.developer: $(VENV)/.user
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist quickstart *.egg-info
