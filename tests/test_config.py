@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import tomllib
+
+import pytest
+
+from tessella import config
+from tessella.autoencoders import Conv
+from tessella.config import ConfigError
+from tessella.quantizers import FSQ, VQ
+
+
+def test_every_recipe_in_the_package_resolves() -> None:
+    for name in config.recipe_names():
+        resolved = config.resolve_recipe(config.read_recipe(name))
+        # what is stored must read back as the same recipe
+        assert config.differences(tomllib.loads(config.to_toml(resolved)), resolved) == []
+        assert config.recipe_summary(name)
+
+
+def test_builds_from_file_name_and_constructor() -> None:
+    quantizer = config.build("quantizers", {"name": "fsq", "levels": [8, 5]})
+    assert isinstance(quantizer, FSQ)
+    assert quantizer.codebook_size == 40
+
+
+def test_spec_of_builds_the_same_again() -> None:
+    quantizer = VQ(16, 4, commitment_weight=0.5)
+    spec = config.spec_of(quantizer)
+    assert spec["name"] == "vq"
+    assert spec["commitment_weight"] == 0.5
+    assert config.spec_of(config.build("quantizers", spec)) == spec
+
+
+def test_nested_quantizer_is_built() -> None:
+    inner = {"name": "vq", "codebook_size": 8, "dim": 2}
+    residual = config.build("quantizers", {"name": "residual", "num_codebooks": 3, "quantizer": inner})
+    assert residual.num_codebooks == 3
+    assert config.spec_of(config.build("quantizers", config.spec_of(residual))) == config.spec_of(residual)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"name": "fsk"}, "unknown quantizer 'fsk'; choose one of: .*fsq.*vq"),
+        ({"name": "os.path"}, "unknown quantizer 'os.path'"),
+        ({"name": "base"}, "unknown quantizer 'base'"),
+        ({}, "missing key 'quantizer.name'"),
+        ({"name": "fsq"}, "missing key 'quantizer.levels'"),
+        ({"name": "fsq", "levels": [8, 5], "level": 3}, "unknown key 'quantizer.level'; accepted: levels, convention"),
+        ({"name": "fsq", "levels": 8}, "'quantizer.levels' must be .*got 8"),
+        ({"name": "fsq", "levels": ["a"]}, "'quantizer.levels' must be .*integer"),
+        ({"name": "fsq", "levels": [8], "convention": "papre"}, "'corrected', 'paper', 'wide' or 'symmetric'"),
+        ({"name": "fsq", "levels": [2, 5]}, "levels must hold numbers from 3"),
+        ({"name": "vq", "codebook_size": "8", "dim": 2}, "'quantizer.codebook_size' must be a valid integer"),
+        ({"name": "vq", "codebook_size": 8.5, "dim": 2}, "'quantizer.codebook_size' must be a valid integer"),
+        ({"name": "residual", "num_codebooks": 2, "quantizer": "vq"}, "must be a table with a name"),
+        (
+            {"name": "residual", "num_codebooks": 2, "quantizer": {"name": "vq", "size": 3, "dim": 2}},
+            "unknown key 'quantizer.quantizer.size'",
+        ),
+    ],
+)
+def test_bad_sections_name_the_key_and_the_choices(spec: config.Spec, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config.build("quantizers", spec)
+
+
+def test_override_reads_toml_and_falls_back_to_strings() -> None:
+    recipe = {"training": {"steps": 3}, "data": {"name": "photos"}}
+    changed = config.override(recipe, ["training.steps=5", "data.name=folder", "quantizer.levels=[8, 5]"])
+    assert changed["training"]["steps"] == 5
+    assert changed["data"]["name"] == "folder"
+    assert changed["quantizer"]["levels"] == [8, 5]
+    assert recipe["training"]["steps"] == 3
+    with pytest.raises(ConfigError, match="no assignment"):
+        config.override(recipe, ["training.steps"])
+
+
+def test_unknown_section_and_recipe() -> None:
+    with pytest.raises(ConfigError, match="unknown section 'quantiser'; accepted: data, autoencoder, quantizer"):
+        config.resolve_recipe({"quantiser": {}})
+    with pytest.raises(ConfigError, match="unknown recipe 'photos_fsk'; choose one of: .*photos_fsq"):
+        config.read_recipe("photos_fsk")
+    with pytest.raises(ConfigError, match=r"no recipe file nowhere\.toml"):
+        config.read_recipe("nowhere.toml")
+
+
+def test_arguments_survive_copying() -> None:
+    import copy
+    import pickle
+
+    model = Conv(channels=8, multipliers=(1, 2), num_res_blocks=1, latent_dim=4)
+    assert config.spec_of(copy.deepcopy(model)) == config.spec_of(model)
+    assert config.spec_of(pickle.loads(pickle.dumps(model))) == config.spec_of(model)
