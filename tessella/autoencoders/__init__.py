@@ -1,0 +1,8 @@
+"""Every autoencoder, one family a file."""
+
+from __future__ import annotations
+
+from tessella.autoencoders.base import Autoencoder
+from tessella.autoencoders.conv import Conv
+
+__all__ = ["Autoencoder", "Conv"]

@@ -1,0 +1,31 @@
+"""The autoencoder protocol: signals are channels-first, latents channels-last."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+from tessella.config import Configurable
+
+
+class Autoencoder(Configurable, nn.Module, ABC):
+    """Encoder and decoder around a bottleneck that is somebody else's business.
+
+    Attributes:
+        in_channels: C of the signal.
+        latent_dim: E, the features of a latent vector.
+        stride: signal samples a latent position stands for, along each axis.
+    """
+
+    in_channels: int
+    latent_dim: int
+    stride: int
+
+    @abstractmethod
+    def encode(self, x: Tensor) -> Tensor:
+        """``x [B, C, *X]`` to latents ``[B, *S, E]``."""
+
+    @abstractmethod
+    def decode(self, latent: Tensor) -> Tensor:
+        """Latents ``[B, *S, E]`` to ``x_hat [B, C, *X]``."""
