@@ -1,0 +1,252 @@
+"""The only reader and writer of model files: strict, atomic, versioned, and nothing read can execute code.
+
+A model is a folder with ``model.safetensors`` (weights) and ``recipe.toml`` (how to build what they fit). A training
+checkpoint is such a folder with ``state.pt`` beside them: all that continuing needs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from tessella.config import ConfigError, Spec, build_section, spec_of, to_toml
+from tessella.tokenizer import Tokenizer
+
+WEIGHTS = "model.safetensors"
+RECIPE = "recipe.toml"
+STATE = "state.pt"
+FORMAT_VERSION = 1
+
+
+class CheckpointError(RuntimeError):
+    """A model folder that cannot be read or written; the message names the file."""
+
+
+def load(path: str | Path, *, device: str | torch.device = "cpu") -> Tokenizer:
+    """The tokenizer in ``path``, in eval mode.
+
+    Args:
+        path: a folder written by :meth:`Tokenizer.save`, a training checkpoint, or a training run (its newest
+            complete checkpoint is taken).
+        device: where to put it.
+
+    Raises:
+        CheckpointError: no model there, a damaged file, or weights that do not fit the recipe.
+    """
+    folder = model_folder(Path(path))
+    recipe = load_recipe(folder)
+    try:
+        autoencoder = build_section(recipe, "autoencoder")
+        quantizer = build_section(recipe, "quantizer")
+        tokenizer: Tokenizer = build_section(recipe, "tokenizer", autoencoder=autoencoder, quantizer=quantizer)
+    except (ConfigError, KeyError) as error:
+        raise CheckpointError(f"{folder / RECIPE}: {error}") from error
+    _check_version(folder / WEIGHTS)
+    load_weights(tokenizer, folder / WEIGHTS)
+    tokenizer.recipe = recipe
+    return tokenizer.to(device).eval()
+
+
+def model_folder(path: Path) -> Path:
+    """The folder that holds the model of ``path``: itself, or the newest checkpoint of a run."""
+    if (path / WEIGHTS).is_file():
+        return path
+    newest = latest_checkpoint(path)
+    if newest is None:
+        raise CheckpointError(f"no model in {path}: expected {WEIGHTS} and {RECIPE}, or a run with checkpoints/")
+    return newest
+
+
+def save_model(tokenizer: Tokenizer, path: Path) -> None:
+    """Write ``tokenizer`` into the folder ``path``, which appears complete or not at all."""
+    with atomic_folder(path) as folder:
+        write_model(tokenizer, folder)
+
+
+def write_model(tokenizer: Tokenizer, folder: Path) -> None:
+    """Weights and recipe into an existing folder."""
+    recipe = {**(tokenizer.recipe or {}), **tokenizer_spec(tokenizer)}
+    # A tensor under two names would be refused by safetensors; clone what is shared.
+    state = {name: value.detach().cpu().contiguous() for name, value in tokenizer.state_dict().items()}
+    # One metadata key: with several, their order, and so the file's bytes, would differ from save to save.
+    about = {"version": FORMAT_VERSION, "fingerprint": fingerprint(tokenizer)}
+    save_file(state, folder / WEIGHTS, {"tessella": json.dumps(about)})
+    (folder / RECIPE).write_text(to_toml(recipe), encoding="utf-8")
+
+
+def tokenizer_spec(tokenizer: Tokenizer) -> Spec:
+    """The recipe sections that build ``tokenizer``."""
+    return {
+        "autoencoder": spec_of(tokenizer.autoencoder),
+        "quantizer": spec_of(tokenizer.quantizer),
+        "tokenizer": spec_of(tokenizer, leave_out=frozenset({"autoencoder", "quantizer"})),
+    }
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """Sixteen hexadecimal digits that change whenever a weight or a setting of the tokenizer does."""
+    digest = hashlib.sha256(json.dumps(tokenizer_spec(tokenizer), sort_keys=True).encode())
+    for name, value in sorted(tokenizer.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def load_weights(module: nn.Module, file: Path) -> None:
+    """Load a safetensors file into ``module``; every key and shape must fit.
+
+    Raises:
+        CheckpointError: missing or damaged file, wrong keys, wrong shapes; the message names them.
+    """
+    with _opened(file) as reader:
+        weights = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"{file} does not fit its recipe: {error}") from error
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """A safetensors file, its errors naming it."""
+    if not file.is_file():
+        raise CheckpointError(f"no weights file {file}")
+    try:
+        with safe_open(file, framework="pt") as reader:
+            yield reader
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is damaged or no safetensors file: {error}") from error
+
+
+def _check_version(file: Path) -> None:
+    with _opened(file) as reader:
+        about = json.loads((reader.metadata() or {}).get("tessella", "{}"))
+    if about.get("version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{file} is of format version {about.get('version')}; this program reads version {FORMAT_VERSION}"
+        )
+
+
+def load_recipe(folder: Path) -> Spec:
+    """The resolved recipe in ``folder``.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    file = folder / RECIPE
+    if not file.is_file():
+        raise CheckpointError(f"no recipe beside the weights: {file}")
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from error
+
+
+# --- training checkpoints -------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(run: Path, step: int, tokenizer: Tokenizer, state: dict[str, Any], *, keep: int) -> Path:
+    """Write ``run/checkpoints/step-########`` (model and training state) and delete all but the newest ``keep``.
+
+    Raises:
+        CheckpointError: it could not be written (a full disk); the previous checkpoints are untouched.
+    """
+    target = run / "checkpoints" / f"step-{step:08d}"
+    with atomic_folder(target) as folder:
+        write_model(tokenizer, folder)
+        torch.save(state, folder / STATE)
+    for old in _checkpoints(run)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The newest complete checkpoint of a run, if it has any."""
+    found = _checkpoints(run)
+    return found[-1] if found else None
+
+
+def load_state(checkpoint: Path) -> dict[str, Any]:
+    """The training state of a checkpoint.
+
+    Raises:
+        CheckpointError: missing or damaged.
+    """
+    file = checkpoint / STATE
+    try:
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"{file} is missing or damaged ({error}); delete {checkpoint} to continue from the checkpoint before it"
+        ) from error
+    return state
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    return sorted(path for path in (run / "checkpoints").glob("step-*") if (path / WEIGHTS).is_file())
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder that becomes ``target`` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        CheckpointError: writing failed (disk full, no permission).
+    """
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        yield temporary
+        for file in temporary.iterdir():
+            _flush(file)
+        if target.exists():
+            replaced = target.with_name(f".{target.name}.{os.getpid()}.old")
+            target.rename(replaced)
+            temporary.rename(target)
+            shutil.rmtree(replaced)
+        else:
+            temporary.rename(target)
+        _flush(target.parent)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"could not write {target}: {error}; what was there before is untouched") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file under a temporary name, then rename it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)

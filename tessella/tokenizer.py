@@ -1,0 +1,124 @@
+"""Tokenizer = autoencoder + quantizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tessella.autoencoders.base import Autoencoder
+from tessella.config import Configurable, Spec
+from tessella.quantizers.base import Quantized, Quantizer
+
+
+@dataclass
+class Reconstruction:
+    """``x_hat [B, C, *X]`` and what the quantizer said on the way."""
+
+    x_hat: Tensor
+    quantized: Quantized
+
+
+@dataclass(frozen=True)
+class TokenSpace:
+    """All a generator needs to know of a tokenizer: latent grid S, K codebooks of V codes, and who made the tokens."""
+
+    grid: tuple[int, ...]
+    num_codebooks: int
+    codebook_size: int
+    fingerprint: str
+
+    @property
+    def sequence_length(self) -> int:
+        """N = prod(S) * K."""
+        return math.prod(self.grid) * self.num_codebooks
+
+
+class Tokenizer(Configurable, nn.Module):
+    """Signals to tokens and back.
+
+    Args:
+        autoencoder: gives latents ``[B, *S, E]``.
+        quantizer: works on ``[B, *S, D]``.
+        projection: linear maps E -> D before and D -> E after the quantizer (the 1x1 convolutions around it in the
+            VQGAN family); without them E must equal D.
+    """
+
+    recipe: Spec | None = None  # the whole recipe of the training run, if there was one; `save` keeps it
+
+    def __init__(self, autoencoder: Autoencoder, quantizer: Quantizer, *, projection: bool = True) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+        self.quantizer = quantizer
+        features, dim = autoencoder.latent_dim, quantizer.dim
+        if not projection and features != dim:
+            raise ValueError(
+                f"without projection the autoencoder's latent_dim ({features}) must equal the quantizer's dim ({dim})"
+            )
+        self.to_code: nn.Module = nn.Linear(features, dim) if projection else nn.Identity()
+        self.from_code: nn.Module = nn.Linear(dim, features) if projection else nn.Identity()
+
+    def forward(self, x: Tensor) -> Reconstruction:
+        """The training path: ``x [B, C, *X]`` in [-1, 1] to its reconstruction, gradients included."""
+        quantized = self.quantizer(self._latents(x))
+        return Reconstruction(self._signal(quantized.z_q), quantized)
+
+    @torch.no_grad()
+    def encode(self, x: Tensor, *, pad: bool = False) -> Tensor:
+        """Indices ``[B, *S, K]`` of ``x [B, C, *X]``.
+
+        Args:
+            x: the signal, in [-1, 1].
+            pad: repeat the last samples until every side is a multiple of the stride, instead of refusing others.
+        """
+        indices: Tensor = self.quantizer(self._latents(self.pad(x) if pad else x)).indices
+        return indices
+
+    @torch.no_grad()
+    def decode(self, indices: Tensor, *, extent: Sequence[int] | None = None) -> Tensor:
+        """``x_hat [B, C, *X]`` of indices ``[B, *S, K]``; equals what ``forward`` shows in eval mode.
+
+        Args:
+            indices: int64 in ``[0, V)``.
+            extent: the size to crop to, where the signal was padded.
+        """
+        x_hat = self._signal(self.quantizer.indices_to_codes(indices))
+        if extent is None:
+            return x_hat
+        window: list[slice] = [slice(None), slice(None), *map(slice, extent)]
+        return x_hat[tuple(window)]
+
+    def pad(self, x: Tensor) -> Tensor:
+        """``x`` with its last samples repeated until every side is a multiple of the stride."""
+        missing = [-size % self.autoencoder.stride for size in x.shape[2:]]
+        widths = [width for size in reversed(missing) for width in (0, size)]
+        return nn.functional.pad(x, widths, mode="replicate") if any(missing) else x
+
+    def token_space(self, *extent: int) -> TokenSpace:
+        """The tokens of a signal of ``extent`` samples along each axis."""
+        from tessella.checkpoint import fingerprint
+
+        grid = tuple(size // self.autoencoder.stride for size in extent)
+        return TokenSpace(grid, self.quantizer.num_codebooks, self.quantizer.codebook_size, fingerprint(self))
+
+    def save(self, path: str | Path) -> None:
+        """Write weights and resolved recipe into the folder ``path``; :func:`tessella.load` reads it back."""
+        from tessella.checkpoint import save_model
+
+        save_model(self, Path(path))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.autoencoder.parameters()).device
+
+    def _latents(self, x: Tensor) -> Tensor:
+        z: Tensor = self.to_code(self.autoencoder.encode(x))
+        return z
+
+    def _signal(self, z_q: Tensor) -> Tensor:
+        return self.autoencoder.decode(self.from_code(z_q))
