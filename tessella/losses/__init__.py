@@ -1,0 +1,1 @@
+"""Training losses beyond the pixel distance; each in its own file."""
