@@ -116,7 +116,7 @@ def load_weights(module: nn.Module, file: Path) -> None:
     try:
         module.load_state_dict(weights)
     except RuntimeError as error:
-        raise CheckpointError(f"{file} does not fit its recipe: {error}") from error
+        raise CheckpointError(f"{file} does not fit: {error}") from error
 
 
 @contextmanager

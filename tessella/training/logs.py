@@ -1,0 +1,120 @@
+"""What a run leaves to read: ``log.jsonl``, ``train.log``, TensorBoard files, and a progress bar while it lasts."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from tessella.checkpoint import write_text
+
+logger = logging.getLogger("tessella")
+
+LOG = "log.jsonl"
+
+_PLAIN_INTERVAL_S = 15.0  # between lines where there is no terminal to draw a bar on
+
+
+class RunLog:
+    """Scalars of a run, one JSON object a line, and the same to TensorBoard where it is installed (extra ``track``).
+
+    Opening it again at step n drops the rows after n, which a continued run writes anew.
+    """
+
+    def __init__(self, folder: Path, position: int) -> None:
+        self._file = folder / LOG
+        self._text = folder / "train.log"
+        self._board_folder = folder / "tensorboard"
+        self._position = position
+
+    def __enter__(self) -> Self:
+        rows = [row for row in read_log(self._file) if row["step"] <= self._position]
+        write_text(self._file, "".join(json.dumps(row) + "\n" for row in rows))
+        self._stream = self._file.open("a", encoding="utf-8")
+        self._handler = logging.FileHandler(self._text, encoding="utf-8")
+        self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.addHandler(self._handler)
+        logger.setLevel(logging.INFO)
+        self._board: Any = None
+        if importlib.util.find_spec("tensorboard") is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(self._board_folder, purge_step=self._position + 1)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stream.close()
+        logger.removeHandler(self._handler)
+        self._handler.close()
+        if self._board is not None:
+            self._board.close()
+
+    def row(self, row: dict[str, float]) -> None:
+        """Write one row; it must have ``step``."""
+        self._stream.write(json.dumps(row) + "\n")
+        self._stream.flush()
+        if self._board is not None:
+            for name, value in row.items():
+                self._board.add_scalar(name, value, int(row["step"]))
+
+    def image(self, name: str, file: Path, position: int) -> None:
+        """Show a picture file in TensorBoard."""
+        if self._board is not None:
+            self._board.add_image(name, np.asarray(Image.open(file).convert("RGB")), position, dataformats="HWC")
+
+
+def read_log(file: Path) -> list[dict[str, float]]:
+    """The rows of ``log.jsonl``; a last line that a killed run left half-written is dropped."""
+    if not file.is_file():
+        return []
+    *lines, last = file.read_text(encoding="utf-8").split("\n")
+    rows = [json.loads(line) for line in lines]
+    if last:
+        logger.warning("%s ends in half a line, which is dropped", file)
+    return rows
+
+
+class TrainingProgress:
+    """A bar with loss, pictures a second and time left; a line now and then where there is no terminal."""
+
+    def __init__(self, steps: int, position: int, batch_size: int, *, quiet: bool = False) -> None:
+        self._console = Console(stderr=True, quiet=quiet)
+        self._steps, self._position, self._first, self._batch_size = steps, position, position, batch_size
+        self._progress = Progress(
+            TextColumn("step"), MofNCompleteColumn(), BarColumn(),
+            TextColumn("{task.fields[loss]}  {task.fields[rate]}"), TextColumn("left"), TimeRemainingColumn(),
+            console=self._console, disable=not self._console.is_terminal,
+        )  # fmt: skip
+        self._task = self._progress.add_task("train", total=steps, completed=position, loss="", rate="")
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        self._started = self._spoken = time.monotonic()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+
+    def advance(self, row: dict[str, float]) -> None:
+        """One step is done; ``row`` is what it logged."""
+        self._position += 1
+        now = time.monotonic()
+        rate = (self._position - self._first) * self._batch_size / (now - self._started)
+        losses = "  ".join(f"{name.removeprefix('loss/')} {row[name]:.4f}" for name in row if name.startswith("loss/"))
+        psnr = f"  {row['psnr_db']:.2f} dB" if "psnr_db" in row else ""
+        self._progress.update(self._task, advance=1, loss=losses + psnr, rate=f"{rate:.0f} images/s")
+        if not self._console.is_terminal and (now - self._spoken > _PLAIN_INTERVAL_S or self._position == self._steps):
+            self._spoken = now
+            left = (self._steps - self._position) * self._batch_size / rate
+            self._console.print(
+                f"step {self._position}/{self._steps}  {losses}{psnr}  {rate:.0f} images/s  {left:.0f} s left",
+                highlight=False, soft_wrap=True,
+            )  # fmt: skip

@@ -1,0 +1,253 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import single_threaded, tiny_tokenizer
+from PIL import Image
+from torch import Tensor, nn
+
+from tessella.checkpoint import latest_checkpoint, load_state
+from tessella.data.base import Batch, ImageDataset, Picture
+from tessella.training.base import Step, StepOutput
+from tessella.training.logs import read_log
+from tessella.training.loop import Loop, TrainingError
+from tessella.training.tokenizer import TokenizerStep
+
+
+class Noise(ImageDataset):
+    def __init__(self) -> None:
+        super().__init__(split="train", crop_px=8)
+
+    def __len__(self) -> int:
+        return 12
+
+    def read(self, index: int) -> Picture:
+        pixels = np.random.default_rng(index).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        return Picture(Image.fromarray(pixels), index % 3, f"noise-{index}")
+
+
+def loop(**settings: object) -> Loop:
+    return Loop(**{"steps": 3, "batch_size": 4, "num_workers": 0, "log_every": 1, **settings})  # type: ignore[arg-type]
+
+
+CPU = torch.device("cpu")
+
+
+def test_learning_rate_by_hand() -> None:
+    s = loop(steps=110, lr=0.2, warmup_steps=10, final_lr=0.1)
+    assert s.learning_rate(0) == pytest.approx(0.02)
+    assert s.learning_rate(9) == pytest.approx(0.2)
+    assert s.learning_rate(10) == pytest.approx(0.2)
+    assert s.learning_rate(60) == pytest.approx(0.02 + 0.18 / 2)  # half way down the cosine
+    assert s.learning_rate(110) == pytest.approx(0.02)
+    linear = loop(steps=110, lr=0.2, warmup_steps=10, final_lr=0.1, decay="linear")
+    assert linear.learning_rate(35) == pytest.approx(0.02 + 0.18 * 0.75)
+    assert loop(lr=0.2, warmup_steps=0, decay="constant").learning_rate(2) == 0.2
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path: Path) -> None:
+    gradients = []
+    for accumulate in (1, 4):
+        step = TokenizerStep(tiny_tokenizer(seed=3))
+        loop(steps=1, accumulate=accumulate, clip_norm=None).run(
+            step, Noise(), tmp_path / str(accumulate), device=CPU
+        )
+        gradients.append(torch.cat([p.grad.flatten() for p in step.parameters() if p.grad is not None]))
+    assert len(gradients[0]) == sum(p.numel() for p in tiny_tokenizer().parameters())
+    assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm()
+
+
+class Duel(Step):
+    """Two parameters, each in the other's loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = tiny_tokenizer()
+        self.a = nn.Parameter(torch.tensor(2.0))
+        self.b = nn.Parameter(torch.tensor(3.0))
+        self.nan_at: int | None = None
+        self.calls = 0
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        return {"a": [self.a], "b": [self.b]}
+
+    def forward(self, batch: Batch) -> StepOutput:
+        self.calls += 1
+        product = self.a * self.b
+        poison = math.nan if self.calls == self.nan_at else 0.0
+        return StepOutput({"a": product + poison, "b": -product})
+
+    def pictures(self, model: nn.Module, batch: Batch) -> Tensor:
+        return batch["x"]
+
+
+def test_each_loss_trains_its_own_parameters_only(tmp_path: Path) -> None:
+    step = Duel()
+    loop(steps=1, optimizer="adam", lr=0.5, warmup_steps=0, clip_norm=None).run(step, Noise(), tmp_path, device=CPU)
+    # Adam's first step is lr * sign(gradient): loss a pulls a down (b > 0), loss b pushes b up (a > 0).
+    assert step.a.item() == pytest.approx(1.5)
+    assert step.b.item() == pytest.approx(3.5)
+    (row,) = read_log(tmp_path / "log.jsonl")
+    assert row["grad_norm/a"] == pytest.approx(3.0)
+    assert row["grad_norm/b"] == pytest.approx(2.0)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    step = Duel()
+    step.nan_at = 3
+    with pytest.raises(TrainingError) as failure:
+        loop(steps=9, checkpoint_every=1).run(step, Noise(), tmp_path, device=CPU)
+    message = str(failure.value)
+    assert "loss/a is nan at step 3" in message
+    assert f"last good checkpoint: {tmp_path}/checkpoints/step-00000002" in message
+    assert message.count("noise-") == 4
+    assert load_state(tmp_path / "checkpoints" / "step-00000002")["position"] == 2
+
+
+def test_ema_by_hand(tmp_path: Path) -> None:
+    step = TokenizerStep(tiny_tokenizer())
+    history = []
+
+    def remember(module: nn.Module, args: object) -> None:
+        history.append(step.model.to_code.bias.detach().clone())
+
+    step.register_forward_pre_hook(remember)
+    model = loop(steps=3, ema_decay=0.75).run(step, Noise(), tmp_path, device=CPU)
+    first, second, last = *history[1:], step.model.to_code.bias.detach()  # type: ignore[union-attr]
+    average = 0.75 * (0.75 * first + 0.25 * second) + 0.25 * last  # starts at the weights after the first step
+    torch.testing.assert_close(model.to_code.bias, average)  # type: ignore[union-attr]
+
+
+def test_codebooks_and_biases_are_not_decayed(tmp_path: Path) -> None:
+    from tessella.quantizers import VQ
+
+    step = TokenizerStep(tiny_tokenizer(VQ(16, 4)))
+    loop(steps=1, weight_decay=0.1).run(step, Noise(), tmp_path, device=CPU)
+    folder = latest_checkpoint(tmp_path)
+    assert folder is not None
+    groups = load_state(folder)["optimizers"]["tokenizer"]["param_groups"]
+    decayed = {group["weight_decay"]: len(group["params"]) for group in groups}
+    matrices = sum(p.ndim > 1 for name, p in step.model.named_parameters() if not name.startswith("quantizer"))
+    assert decayed[0.1] == matrices
+    assert decayed[0.0] == len(list(step.model.parameters())) - matrices
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "steps must be positive"),
+        ({"batch_size": 4, "accumulate": 3}, "must be a multiple of accumulate"),
+        ({"betas": (0.9,)}, "betas must be two numbers"),
+        ({"ema_decay": 1.0}, "ema_decay must lie in"),
+        ({"clip_norm": 0.0}, "clip_norm must be positive"),
+    ],
+)
+def test_settings_out_of_range(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        loop(**settings)
+
+
+# --- interruption ---------------------------------------------------------------------------------------------------
+
+
+def start(workspace: Path, out: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tessella", "train", "tiny.toml", "--out", out, "--device", "cpu"]
+    return subprocess.Popen(command, cwd=workspace, env=single_threaded(), stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    _, errors = process.communicate(timeout=300)
+    return process.returncode, errors
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    while not path.exists():
+        assert process.poll() is None, finish(process)
+        time.sleep(0.005)
+
+
+def final_state(run: Path) -> tuple[bytes, dict[str, object]]:
+    folder = run / "checkpoints" / "step-00000024"
+    state = load_state(folder)
+    del state["seconds"]
+    return (folder / "model.safetensors").read_bytes(), state
+
+
+def test_killed_and_continued_ends_with_the_same_bits(workspace: Path) -> None:
+    code, errors = finish(start(workspace, "whole"))
+    assert code == 0, errors
+    process = start(workspace, "killed")
+    wait_for(workspace / "killed" / "checkpoints" / "step-00000008", process)
+    process.send_signal(signal.SIGKILL)
+    assert finish(process)[0] == -signal.SIGKILL
+    assert not (workspace / "killed" / "checkpoints" / "step-00000024").exists()
+    code, errors = finish(start(workspace, "killed"))
+    assert code == 0, errors
+    (weights, state), (other_weights, other_state) = (final_state(workspace / run) for run in ("whole", "killed"))
+    assert weights == other_weights
+    torch.testing.assert_close(state, other_state, rtol=0, atol=0)
+    rows, other_rows = (read_log(workspace / run / "log.jsonl") for run in ("whole", "killed"))
+    assert [row["step"] for row in other_rows] == list(range(1, 25))
+    assert [row["loss/tokenizer"] for row in rows] == [row["loss/tokenizer"] for row in other_rows]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_first(workspace: Path, number: signal.Signals) -> None:
+    recipe = workspace / "tiny.toml"
+    recipe.write_text(recipe.read_text().replace("checkpoint_every = 4", "checkpoint_every = 1000000")
+                      .replace("steps = 24", "steps = 100000"))  # fmt: skip
+    process = start(workspace, "run")
+    log = workspace / "run" / "log.jsonl"
+    wait_for(log, process)
+    while not log.read_text():
+        time.sleep(0.005)
+    process.send_signal(number)
+    code, errors = finish(process)
+    assert code == 128 + number
+    assert f"interrupted by {number.name}; saved" in errors
+    folder = latest_checkpoint(workspace / "run")
+    assert folder is not None
+    assert load_state(folder)["position"] == len(log.read_text().splitlines())
+
+
+def test_another_recipe_in_the_same_folder_is_refused(workspace: Path) -> None:
+    from tessella import pipeline
+    from tessella.config import ConfigError
+
+    short = ["training.steps=1", "training.num_workers=0"]
+    pipeline.train("tiny.toml", out=Path("run"), overrides=short, device="cpu")
+    with pytest.raises(ConfigError, match=r"another recipe \(training.lr: 0.001 -> 0.1\)"):
+        pipeline.train("tiny.toml", out=Path("run"), overrides=[*short, "training.lr=0.1"], device="cpu")
+    with pytest.raises(ConfigError, match="is not empty and holds no run"):
+        pipeline.train("tiny.toml", out=Path("pictures"), overrides=short, device="cpu")
+
+
+def test_unreadable_pictures_are_skipped_counted_and_named(workspace: Path) -> None:
+    from tessella import pipeline
+
+    whole = (workspace / "pictures" / "class_0" / "000.png").read_bytes()
+    (workspace / "pictures" / "class_0" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    pipeline.train("tiny.toml", out=Path("run"), overrides=["training.steps=12"], device="cpu")
+    assert "skipped" in (workspace / "run" / "train.log").read_text()
+    assert "cut.png" in (workspace / "run" / "train.log").read_text()
+    for index in range(20):
+        (workspace / "pictures" / "class_1" / f"text{index}.png").write_text("no picture")
+    with pytest.raises(ValueError, match="more than max_skip_share=0.05 allows"):
+        pipeline.train("tiny.toml", out=Path("run2"), overrides=["training.steps=100"], device="cpu")
+
+
+def test_log_rows_are_json_and_a_half_line_is_dropped(tmp_path: Path) -> None:
+    file = tmp_path / "log.jsonl"
+    file.write_text(json.dumps({"step": 1}) + "\n" + '{"step": 2, "lo')
+    assert read_log(file) == [{"step": 1}]
+    assert os.path.getsize(file) > 0
