@@ -1,0 +1,20 @@
+"""What can be wrong with data that is read."""
+
+from __future__ import annotations
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message names the file and what is wrong with it."""
+
+
+class UnreadableImage(DataError):
+    """One picture that cannot be used: ``key`` names it, ``reason`` says why."""
+
+    def __init__(self, key: str, reason: str) -> None:
+        super().__init__(key, reason)
+        self.key = key
+        self.reason = reason
+
+    def __str__(self) -> str:
+        """The picture's name and the reason."""
+        return f"{self.key}: {self.reason}"

@@ -1,0 +1,84 @@
+"""Pictures by their name on the Hugging Face hub."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tessella.data._errors import DataError, UnreadableImage
+from tessella.data._splits import TRAIN_NAME, find_test_name
+from tessella.data.base import UNKNOWN_LABEL, ImageDataset, Picture, Split
+from tessella.data.decode import decode_rgb
+from tessella.extras import require
+
+
+class Hub(ImageDataset):
+    """A data set that ``datasets.load_dataset`` finds: downloaded once into its cache, and mapped from there.
+
+    The rows of "train" are its split ``train``; those of "test" its ``test``, or else ``val``, ``valid`` or
+    ``validation``. Its own code is never run: repositories that consist of a script are refused by ``datasets``.
+
+    Args:
+        repo: its name, as in ``uoft-cs/cifar10``, or a local folder in the hub's layout.
+        split: "train" or "test".
+        crop_px: side of the square crop in pixels; None keeps whole pictures.
+        resize_px: length in pixels that the shorter side is brought to first.
+        flip: in training, mirror half of the pictures left to right.
+        config: which of the repository's data sets, where it holds several.
+        revision: branch, tag or commit; None is the newest, which may change under a recipe.
+        image_column: the column of pictures.
+        label_column: the column of classes; None is "label" where there is one, and label -1 otherwise.
+
+    Raises:
+        ImportError: the package ``datasets`` is not installed.
+        DataError: no such split or column, or no row.
+        Exception: whatever ``datasets`` raises where the repository cannot be had.
+    """
+
+    def __init__(
+        self,
+        repo: str,
+        *,
+        split: Split,
+        crop_px: int | None = None,
+        resize_px: int | None = None,
+        flip: bool = False,
+        config: str | None = None,
+        revision: str | None = None,
+        image_column: str = "image",
+        label_column: str | None = None,
+    ) -> None:
+        super().__init__(split=split, crop_px=crop_px, resize_px=resize_px, flip=flip)
+        datasets = require("datasets", extra="hub")
+        present = datasets.get_dataset_split_names(repo, config, revision=revision)
+        name = TRAIN_NAME if split == "train" else find_test_name(present)
+        if name not in present:
+            raise DataError(f"{repo} has nothing for split {split!r}; its splits: {', '.join(present)}")
+        rows = datasets.load_dataset(repo, config, split=name, revision=revision)
+        for argument, column in (("image_column", image_column), ("label_column", label_column)):
+            if column is not None and column not in rows.column_names:
+                raise DataError(f"{repo} has no {argument} {column!r}; its columns: {', '.join(rows.column_names)}")
+        if len(rows) == 0:
+            raise DataError(f"{repo} has no row in split {name!r}")
+        self._label_column = label_column or ("label" if "label" in rows.column_names else None)
+        self._image_column = image_column
+        self._prefix = f"{repo}/{name}"
+        # The encoded bytes, not its decoded image: every source of pictures is decoded by the same rules.
+        rows = rows.cast_column(image_column, datasets.Image(decode=False))
+        self._rows: Any = rows.select_columns([c for c in (image_column, self._label_column) if c is not None])
+        if self._label_column is not None:
+            self.class_names = tuple(getattr(rows.features[self._label_column], "names", None) or ())
+
+    def __len__(self) -> int:
+        """The number of rows."""
+        return len(self._rows)
+
+    def read(self, index: int) -> Picture:
+        """The row's picture, its label, and "repo/split:row" as the key."""
+        row = self._rows[index]
+        key = f"{self._prefix}:{index}"
+        image = row[self._image_column]
+        source = image and (image["bytes"] or image["path"])
+        if not source:
+            raise UnreadableImage(key, "the row holds no picture")
+        label = None if self._label_column is None else row[self._label_column]
+        return Picture(decode_rgb(source, key), UNKNOWN_LABEL if label is None else label, key)
