@@ -241,12 +241,17 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_text(file: Path, text: str) -> None:
-    """Write a text file under a temporary name, then rename it."""
+def write_bytes(file: Path, data: bytes) -> None:
+    """Write a file that appears complete or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(data)
         temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(file: Path, text: str) -> None:
+    """:func:`write_bytes` for text."""
+    write_bytes(file, text.encode())

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from tessella.checkpoint import write_text
-from tessella.data._extras import require
 from tessella.evaluation.codebook import CodeCounter
+from tessella.extras import require
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -14,8 +14,8 @@ from typing import TypeAlias
 
 import torch
 
-from tessella.checkpoint import write_text
-from tessella.report.pictures import Array, png, write_bytes
+from tessella.checkpoint import write_bytes, write_text
+from tessella.report.pictures import Array, png
 
 PAGE = "report.html"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from tessella.checkpoint import write_bytes
 from tessella.evaluation.reconstruction import to_uint8
 
 Array = NDArray[np.uint8]
@@ -58,17 +58,6 @@ def png(picture: Array) -> bytes:
     stream = io.BytesIO()
     Image.fromarray(picture).save(stream, "PNG", optimize=True)
     return stream.getvalue()
-
-
-def write_bytes(file: Path, data: bytes) -> None:
-    """Write a file that appears complete or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_image_grid(x: Tensor, path: str | Path, *, columns: int | None = None) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tessella.data._extras import require
+from tessella.extras import require
 from tessella.report.page import Plot
 
 if TYPE_CHECKING:

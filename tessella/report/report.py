@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
+from tessella.checkpoint import write_bytes
 from tessella.evaluation.codebook import CodeCounter
 from tessella.evaluation.reconstruction import picture_scores, protocol_line, readable
 from tessella.report.page import Block, Card, Gallery, Section, Table, Tile, write_page
-from tessella.report.pictures import Array, error_maps, grid, png, to_pictures, token_maps, write_bytes
+from tessella.report.pictures import Array, error_maps, grid, png, to_pictures, token_maps
 from tessella.report.plots import curves, usage_histogram
 
 ERROR_GAIN = 5.0

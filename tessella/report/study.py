@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tessella.data._extras import require
-from tessella.report.pictures import write_bytes
+from tessella.checkpoint import write_bytes
+from tessella.extras import require
 from tessella.report.plots import render
 
 # Fixed, so that a method has one colour and marker in every plot and every run.
