@@ -1,0 +1,7 @@
+"""``python -m tessella`` is ``tessella``."""
+
+from __future__ import annotations
+
+from tessella.cli import main
+
+main()

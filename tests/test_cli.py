@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import single_threaded, tiny_tokenizer
+from PIL import Image
+
+import tessella
+from tessella import cli, pipeline
+from tessella.data.base import evaluation_batches
+from tessella.data.folder import Folder
+from tessella.data.tokens import read_tokens
+from tessella.report.pictures import to_pictures
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Exit status of ``tessella`` called with ``arguments``."""
+    monkeypatch.setattr(sys, "argv", ["tessella", *arguments])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert isinstance(end.value.code, int)
+    return end.value.code
+
+
+@pytest.fixture
+def model(workspace: Path) -> Path:
+    tiny_tokenizer().save(workspace / "model")
+    return Path("model")
+
+
+def test_every_command_in_turn(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = ("train", "tiny.toml", "--set", "training.steps=4", "--set", "quantizer.codebook_size=16")
+    assert run(monkeypatch, *train, "--out", "run", "--device", "cpu") == 0
+    assert run(monkeypatch, "tokenize", "run", "--out", "tokens") == 0
+    assert run(monkeypatch, "detokenize", "run", "tokens", "--out", "pngs") == 0
+    assert run(monkeypatch, "evaluate", "run", "--limit", "3") == 0
+    assert json.loads((workspace / "run" / "evaluation.json").read_text())["protocol"]["num_images"] <= 3
+    assert run(monkeypatch, "report", "run") == 0
+    page = (workspace / "run" / "report.html").read_text()
+    assert "data:image/png;base64" in page
+    assert run(monkeypatch, "list") == 0
+    assert tessella.load("run").quantizer.codebook_size == 16
+
+
+def test_tokens_turn_back_into_exactly_what_the_tokenizer_decodes(
+    workspace: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for whole in ([], ["--whole"]):
+        data = ["--data", "pictures", "--split", "train", *whole]
+        assert run(monkeypatch, "tokenize", "model", "--out", "tokens", *data) == 0
+        assert run(monkeypatch, "detokenize", "model", "tokens", "--out", "pngs") == 0
+        tokenizer = tessella.load(model)
+        dataset = Folder("pictures", split="train")
+        seen = 0
+        rows = {row.key: row for row in read_tokens("tokens")}
+        for batch in evaluation_batches(dataset, batch_size=1):
+            indices = tokenizer.encode(batch["x"], pad=True)
+            row = rows[batch["key"][0]]
+            assert torch.equal(row.indices, indices[0])
+            assert row.label == batch["label"].item()
+            (expected,) = to_pictures(tokenizer.decode(indices, extent=batch["x"].shape[2:]))
+            with Image.open(Path("pngs") / batch["key"][0]) as written:
+                assert (np.asarray(written) == expected).all()
+            assert expected.shape == (20, 20, 3)
+            seen += 1
+        assert seen == len(rows) == len(dataset)
+
+
+def test_shards_of_another_tokenizer_are_refused(
+    workspace: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_tokenizer(seed=1).save("other")
+    assert run(monkeypatch, "tokenize", "model", "--out", "tokens", "--data", "pictures") == 0
+    assert run(monkeypatch, "detokenize", "other", "tokens", "--out", "pngs") == 2
+    assert "holds tokens of tokenizer" in capsys.readouterr().err
+    assert not Path("pngs").exists()
+
+
+def test_keys_cannot_lead_out_of_the_folder() -> None:
+    for key in ("../../evil.png", "/etc/evil.png"):
+        with pytest.raises(ValueError, match="leads out of the folder"):
+            pipeline._file_for(Path("out"), key)
+    assert pipeline._file_for(Path("out"), "a/b.jpeg") == Path("out/a/b.jpeg.png")
+    assert pipeline._file_for(Path("out"), "a/b.png") == Path("out/a/b.png")
+    assert pipeline._file_for(Path("out"), "train-0.parquet:7") == Path("out/train-0.parquet_7.png")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "photos_fsk"), "unknown recipe 'photos_fsk'; choose one of:"),
+        (("train", "tiny.toml", "--set", "quantizer.sizes=3"), "unknown key 'quantizer.sizes'; accepted:"),
+        (("train", "tiny.toml", "--set", "training.lr=fast"), "'training.lr' must be a valid number, got 'fast'"),
+        (("train", "tiny.toml", "--set", "quantizer.name=vqq"), "unknown quantizer 'vqq'; choose one of:"),
+        (("train", "tiny.toml", "--data", "nowhere"), "no data at nowhere"),
+        (("train", "tiny.toml", "--set", "data.path=empty"), "empty"),
+        (("train", "tiny.toml", "--device", "abacus"), "device 'abacus' cannot be used here"),
+        (("evaluate", "nowhere"), "no model in nowhere"),
+        (("evaluate", "model", "--data", "pictures", "--weights", "nowhere"), "nowhere"),
+        (("tokenize", "model", "--out", "t"), "was saved without a data set; name one with --data"),
+        (("detokenize", "model", "pictures", "--out", "p"), "holds no tokens"),
+    ],
+)
+def test_mistakes_end_in_one_line(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...],
+    message: str,
+) -> None:  # fmt: skip
+    Path("empty").mkdir()
+    assert run(monkeypatch, *arguments) == 2
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert "Traceback" not in errors
+
+
+def test_importing_the_package_loads_no_extra() -> None:
+    heavy = [
+        "typer", "pydantic", "pyarrow", "matplotlib", "skimage", "sklearn", "torchmetrics", "tensorboard", "triton",
+        "rich", "scipy", "datasets",
+    ]  # fmt: skip
+    code = f"import sys, torch; before = set(sys.modules); import tessella; print([m for m in {heavy!r} if m in " \
+           "set(sys.modules) - before])"  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=single_threaded(), check=True
+    )
+    assert done.stdout.strip() == "[]"
