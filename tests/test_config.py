@@ -80,7 +80,7 @@ def test_override_reads_toml_and_falls_back_to_strings() -> None:
 def test_unknown_section_and_recipe() -> None:
     with pytest.raises(ConfigError, match="unknown section 'quantiser'; accepted: data, autoencoder, quantizer"):
         config.resolve_recipe({"quantiser": {}})
-    with pytest.raises(ConfigError, match="unknown recipe 'photos_fsk'; choose one of: .*photos_fsq"):
+    with pytest.raises(ConfigError, match=r"unknown recipe 'photos_fsk'; choose one of: .*photos_fsq"):
         config.read_recipe("photos_fsk")
     with pytest.raises(ConfigError, match=r"no recipe file nowhere\.toml"):
         config.read_recipe("nowhere.toml")

@@ -1,0 +1,61 @@
+"""Imports only point down, and the project speaks of itself alone."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import tessella
+
+PACKAGE = Path(tessella.__file__).parent
+
+# Every module or folder may import those of lower rank, and its own folder.
+RANKS = {
+    "config": 0, "distributed": 0, "extras": 0, "ops": 0,
+    "quantizers": 1, "autoencoders": 1,
+    "tokenizer": 2,
+    "checkpoint": 3,
+    "data": 4, "losses": 4,
+    "evaluation": 5,
+    "report": 6, "training": 6,
+    "pipeline": 7,
+    "study": 8,
+    "cli": 9,
+    "__main__": 10, "__init__": 10,
+}  # fmt: skip
+
+# Why a module may look up, once each.
+EXCEPTIONS = {
+    ("tokenizer", "checkpoint"),  # Tokenizer.save; imported when called
+}
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def imported(file: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "tessella":
+            parts = node.module.split(".")[1:]
+            found |= {parts[0]} if parts else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("tessella.")}
+    return found
+
+
+@pytest.mark.parametrize("file", modules(), ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_imports_point_down(file: Path) -> None:
+    unit = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    assert unit in RANKS, f"give {unit} a rank"
+    for other in imported(file) & set(RANKS):
+        if other != unit and (unit, other) not in EXCEPTIONS:
+            assert RANKS[other] < RANKS[unit], f"{file} imports {other}"
+
+
+def test_every_module_is_documented() -> None:
+    for file in modules():
+        assert ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))), f"{file} has no docstring"
