@@ -84,7 +84,7 @@ class Loop:
         sample_every: int = 500,
         checkpoint_every: int = 500,
         keep_checkpoints: int = 2,
-        num_workers: int = 2,
+        num_workers: int = 1,
         max_skip_share: float = 0.05,
         seed: int = 0,
     ) -> None:
