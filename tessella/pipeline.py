@@ -40,7 +40,7 @@ logger = logging.getLogger("tessella")
 
 EVALUATION = "evaluation.json"
 _EVALUATION_BATCH = 64
-_PICTURES_SHOWN = 8
+_PICTURES_SHOWN = 12
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -307,9 +307,9 @@ def report(
 
 
 def _spread_batch(dataset: ImageDataset, count: int) -> Batch:
-    """``count`` pictures from all over a data set, whose first ones may all be alike."""
-    step = max(len(dataset) // count, 1)
-    samples = [dataset[index] for index in range(0, len(dataset), step)][:count]
+    """``count`` pictures from all over a data set, the same ones every time; its first ones may all be alike."""
+    chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:count].tolist()
+    samples = [dataset[index] for index in sorted(chosen)]
     return Batch(
         x=torch.stack([sample["x"] for sample in samples]),
         label=torch.tensor([sample["label"] for sample in samples]),
