@@ -79,7 +79,8 @@ BUGS = [
     Bug("splitting without noise", "quantizers/ema.py", "self.sums[most] * noise", "self.sums[most]"),
     Bug("splitting noise ten times too large", "quantizers/ema.py", "_SPLIT_NOISE = 1e-3", "_SPLIT_NOISE = 1e-2"),
     Bug("splitting with the global generator", "quantizers/ema.py", "torch.rand(self.dim, generator=rng)", "torch.rand(self.dim)"),
-    Bug("revival per rank", "quantizers/ema.py", "pool = gather_rows(some)", "pool = some"),
+    Bug("revival per rank", "quantizers/ema.py", "pool = gather_rows(self._draw(seen, len(dead)))", "pool = self._draw(seen, len(dead))"),
+    Bug("revival with a generator that ranks advance differently", "quantizers/ema.py", "        pool = gather_rows(self._draw(seen, len(dead)))\n        chosen = self._draw(pool, len(dead))\n", "        rng = self._rng()\n        pool = gather_rows(seen[torch.randperm(len(seen), generator=rng)[: len(dead)]])\n        chosen = pool[torch.randperm(len(pool), generator=rng)[: len(dead)]]\n"),
     Bug("revival from padding", "quantizers/ema.py", "seen = (z if mask is None else z[mask])", "seen = z[5:]"),
     Bug("revival without counts", "quantizers/ema.py", "        self.counts[dead] = mean_count\n", ""),
     Bug("unit norm forgotten", "quantizers/ema.py", "functional.normalize(self.sums, dim=-1) if self.unit_norm else self.sums", "self.sums"),
@@ -167,7 +168,7 @@ def first_failure(bug: Bug) -> str | None:
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return None
-    found = re.search(r"^(?:FAILED|ERROR) \S*?(test_\S+)", done.stdout, re.MULTILINE)
+    found = re.search(r"^(?:FAILED|ERROR) \S*?(test_\S+::.*?)(?: - |$)", done.stdout, re.MULTILINE)
     if found is None:
         raise SystemExit(
             f"{bug.name!r}: pytest ended without naming a test\n{done.stdout[-3000:]}\n{done.stderr[-1000:]}"

@@ -154,6 +154,10 @@ class EMAVQ(LearnedCodebook):
     def _rng(self) -> torch.Generator:
         return torch.Generator().manual_seed(int(self.num_updates))
 
+    def _draw(self, rows: Tensor, count: int) -> Tensor:
+        """At most ``count`` different rows; the same on every rank where the rows are."""
+        return rows[torch.randperm(len(rows), generator=self._rng())[:count].to(rows.device)]
+
     def _split(self) -> None:
         rng = self._rng()
         limit = self.dead_threshold * self.counts.mean()
@@ -169,12 +173,10 @@ class EMAVQ(LearnedCodebook):
         dead = (self.counts < self.dead_threshold * self.counts.mean()).nonzero()[:, 0]
         if len(dead) == 0:
             return
-        rng = self._rng()
         z, mask = self._last_batch or (self.sums[:0], None)
         seen = (z if mask is None else z[mask]).to(self.sums.dtype)
-        some = seen[torch.randperm(len(seen), generator=rng)[: len(dead)].to(seen.device)]
-        pool = gather_rows(some)
-        chosen = pool[torch.randperm(len(pool), generator=rng)[: len(dead)].to(pool.device)]
+        pool = gather_rows(self._draw(seen, len(dead)))
+        chosen = self._draw(pool, len(dead))
         dead = dead[: len(chosen)]
         mean_count = self.counts.mean()
         self.counts[dead] = mean_count

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -115,9 +114,9 @@ def check_primitives(rank: int) -> None:
     assert rows.tolist() == [[0.0], [0.0], [1.0]]
 
 
-def work(rank: int, port: int, folder: str) -> None:
+def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    address = f"tcp://127.0.0.1:{port}"
+    address = f"file://{folder}/rendezvous"
     # Ranks that disagree about what to exchange must fail, not wait for each other.
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
     check_primitives(rank)
@@ -130,11 +129,8 @@ def work(rank: int, port: int, folder: str) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two processes left their state dicts."""
     path = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     context = mp.get_context("spawn")
-    processes = [context.Process(target=work, args=(rank, port, str(path)), daemon=True) for rank in range(WORLD)]
+    processes = [context.Process(target=work, args=(rank, str(path)), daemon=True) for rank in range(WORLD)]
     for process in processes:
         process.start()
     for process in processes:
