@@ -12,12 +12,15 @@ import math
 import multiprocessing
 import os
 import shutil
+import signal
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
+from types import FrameType
 from typing import Any
 
 import torch
@@ -181,7 +184,7 @@ def _run_all(missing: list[Cell], out: Path, settings: dict[str, Any], weights: 
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("cells", total=len(missing))
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(jobs, mp_context=context, initializer=_one_thread) as pool:
+        with _terminable(), ProcessPoolExecutor(jobs, mp_context=context, initializer=_one_thread) as pool:
             futures = {pool.submit(run_cell, cell, out, settings, weights): cell for cell in missing}
             try:
                 for future in as_completed(futures):
@@ -189,11 +192,27 @@ def _run_all(missing: list[Cell], out: Path, settings: dict[str, Any], weights: 
                     progress.advance(task)
                     console.print(
                         f"{row['method']:12s} 2^{row['bits']:<2d} seed {row['seed']}  {row['psnr']:.2f} dB  "
-                        f"usage {100 * row['usage']:.1f} %  {row['train_seconds']:.0f} s", highlight=False,
+                        f"usage {100 * row['usage']:.1f} %", highlight=False,
                     )  # fmt: skip
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
+                for process in multiprocessing.active_children():
+                    process.terminate()  # a cell in training writes its checkpoint first
                 raise
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end the block as an exception does, so that the processes at work end too."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    previous = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _one_thread() -> None:
@@ -206,10 +225,8 @@ def run_cell(cell: Cell, out: Path, settings: dict[str, Any], weights: Path | No
     folder = out / "cells" / cell.name
     recipe = folder / "cell.toml"
     write_text(recipe, to_toml(resolve_recipe(recipe_of(cell, settings["data"], settings["steps"]))))
-    started = time.process_time()
     run = train(str(recipe), out=folder / "run", device="cpu", quiet=True)
-    seconds = time.process_time() - started
-    row = {**asdict(cell), "train_seconds": seconds, **measure(run, settings["pictures"], weights)}
+    row = {**asdict(cell), **measure(run, settings["pictures"], weights)}
     write_text(folder / "result.json", json.dumps(row, indent=1) + "\n")
     shutil.rmtree(run)
     return row
@@ -271,7 +288,6 @@ _COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "quant. error / variance": lambda row: f"{row['quantization_error'] / row['latent_variance']:.3g}",
     "support": lambda row: f"{row['support_size']:.1f}" if "support_size" in row else "1",
     "quantizer ms": lambda row: f"{row['quantizer_ms']:.1f}",
-    "train s": lambda row: f"{row['train_seconds']:.0f}",
 }
 
 

@@ -1,12 +1,19 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import single_threaded
 
 from tessella import study
+from tessella.checkpoint import latest_checkpoint, load_state
 from tessella.config import ConfigError, resolve_recipe
 
 
@@ -74,3 +81,28 @@ def test_runs_resumes_and_refuses_other_settings(tmp_path: Path) -> None:
     assert again[0]["perplexity"] == 123.0  # read, not run again
     with pytest.raises(ConfigError, match="holds a study with other settings"):
         study.collapse(tmp_path, **{**settings, "steps": 3})
+
+
+def test_terminated_it_leaves_no_process_and_goes_on(tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "tessella", "study", "collapse", "--out", str(tmp_path), "--data", "photos",
+        "--bits", "6", "--methods", "VQ", "--steps", "100000", "--jobs", "1",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, start_new_session=True, env=single_threaded())
+    log = tmp_path / "cells" / "VQ-6-0" / "run" / "log.jsonl"
+    while not (log.is_file() and log.read_text()):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    for _ in range(600):
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("processes of the study are still alive")
+    checkpoint = latest_checkpoint(log.parent)
+    assert checkpoint is not None
+    assert load_state(checkpoint)["position"] >= 1

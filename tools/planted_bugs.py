@@ -127,12 +127,19 @@ BUGS = [
     Bug("Gumbel KL ignores the mask", "quantizers/gumbel.py", "masked_mean(kl_to_uniform(logits), mask)", "masked_mean(kl_to_uniform(logits), None)"),
     Bug("Gumbel KL without log V", "quantizers/gumbel.py", "math.log(logits.shape[-1]) + (", "("),
     Bug("Gumbel soft output", "quantizers/gumbel.py", "functional.embedding(indices, codebook) + (relaxed - relaxed.detach())", "relaxed"),
+    Bug("SCQ commitment moves the codes", "quantizers/scq.py", "commitment = mean_squared(z, z_q.detach(), mask)", "commitment = mean_squared(z, z_q, mask)"),
+    Bug("SCQ loss ignores the mask", "quantizers/scq.py", "codebook = mean_squared(z.detach(), z_q, mask)", "codebook = mean_squared(z.detach(), z_q, None)"),
+    Bug("SCQ lambda not scaled by the codes", "quantizers/scq.py", "return self.lambda_rel * codebook.detach().square().sum(-1).mean().clamp(min=floor)", "return codebook.new_tensor(self.lambda_rel)"),
+    Bug("SCQ hard mode outputs the soft code", "quantizers/scq.py", "z_q = code.z_q if self.is_soft else straight_through(code.z_q, hard)", "z_q = code.z_q"),
+    Bug("SCQ Newton system without lambda", "ops/convex.py", "codes.mT @ codes + self.lambda_ * _eye(codes)", "codes.mT @ codes + _eye(codes)"),
+    Bug("SCQ simplex sums to two", "ops/simplex.py", "(total - 1) / size", "(total - 2) / size"),
+    Bug("SCQ projection's gradient not centred", "ops/simplex.py", "torch.where(support, g - g.sum(-1, keepdim=True) / size, 0)", "torch.where(support, g, 0)"),
 ]  # fmt: skip
 
 
 def plant(bug: Bug, folder: Path) -> None:
     """Copy what the tests need into ``folder`` and break it there."""
-    for name in ("tessella", "tests/quantizers"):
+    for name in ("tessella", "tests/quantizers", "tests/ops"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", folder)
     path = folder / "tessella" / bug.file
@@ -147,9 +154,10 @@ def first_failure(bug: Bug) -> str | None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         plant(bug, folder)
-        own = folder / "tests" / "quantizers" / f"test_{Path(bug.file).stem.lstrip('_')}.py"
+        soft = bug.name.startswith("SCQ")
+        own = folder / "tests" / "quantizers" / f"test_{'scq' if soft else Path(bug.file).stem.lstrip('_')}.py"
         tests = sorted(
-            (folder / "tests" / "quantizers").glob("test_*.py"),
+            [*(folder / "tests" / "quantizers").glob("test_*.py"), folder / "tests" / "ops" / "test_simplex.py"],
             key=lambda path: (path != own, "distr" in path.name, path),
         )
         command = [
@@ -161,7 +169,7 @@ def first_failure(bug: Bug) -> str | None:
             "-p",
             "no:cacheprovider",
             "-k",
-            SELECTION,
+            "not TestCompile and not slow" if soft else SELECTION,
             *map(str, tests),
         ]
         environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}

@@ -34,8 +34,13 @@ class Interrupted(Exception):
     """A signal ended the run early, after a checkpoint was written."""
 
     def __init__(self, signal_number: int, checkpoint: Path) -> None:
-        super().__init__(f"interrupted by {signal.Signals(signal_number).name}; saved {checkpoint}")
+        super().__init__(signal_number, checkpoint)  # both, so that it survives the way between processes
         self.signal_number = signal_number
+        self.checkpoint = checkpoint
+
+    def __str__(self) -> str:
+        """The signal, and where to continue."""
+        return f"interrupted by {signal.Signals(self.signal_number).name}; saved {self.checkpoint}"
 
 
 class Loop:
