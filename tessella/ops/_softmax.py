@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from tessella.ops._scores import Scores, Shortlist, TooManyNearError, first_maximum, first_over_shards
-from tessella.ops._tiles import Shards, corner, full_height_tile, full_precision, spans, tile_shape
+from tessella.ops._tiles import Shards, corner, full_height_tile, full_precision, has_triton_form, spans, tile_shape
 
 EPS = 1e-5  # inside the logarithm of the batch entropy
 MAX_LISTED = 1 << 20
@@ -92,9 +92,10 @@ def tail(dtype: torch.dtype, num_codes: int) -> float:
 
 
 def list_capacity(num_rows: int, num_codes: int) -> int:
-    """Pairs above which sweeping is cheaper than listing (1/64 of all) or the list too large (40 MiB + O(N))."""
-    per_row = torch.sym_min(num_codes // 64 + 4, 512)
-    return int(torch.sym_min(num_rows * per_row, MAX_LISTED + 16 * num_rows))
+    """Pairs above which sweeping is cheaper than listing (1/64 of all) or the list too large (28 MiB + O(N))."""
+    per_row = torch.sym_min(num_codes // 64 + 4, 1024)
+    capacity: int = torch.sym_min(num_rows * per_row, MAX_LISTED + 16 * num_rows)  # symbolic while tracing
+    return capacity
 
 
 def row_weights(mask: Tensor | None, z: Tensor) -> Tensor:
@@ -170,10 +171,10 @@ def _empty_outputs(z: Tensor, codebook: Tensor, entropies: bool, soft: bool) -> 
         indices=z.new_empty(n, dtype=torch.int64),
         entropies=z.new_zeros(2),
         row_stats=z.new_zeros(5, n),
-        mean_code=z.new_empty(n if soft else 0, d),
+        mean_code=z.new_zeros(n if soft else 0, d),
         slope=z.new_zeros(v if entropies else 0),
-        listed=z.new_empty(2, capacity, dtype=torch.int64),
-        listed_values=z.new_empty(3, capacity),
+        listed=z.new_zeros(2, capacity, dtype=torch.int64),
+        listed_values=z.new_zeros(3, capacity),
         num_listed=z.new_full((2,), SWEPT, dtype=torch.int64),
     )
 
@@ -190,6 +191,12 @@ def _find(
 ) -> Found:
     """Sweep the scores, listing both ``s`` and ``p`` if their codes are few on every rank, else ``p``, else neither."""
     dtype, v = scores.z.dtype, len(scores.codebook)
+    if has_triton_form(scores.z):
+        from tessella.ops import _triton
+
+        best, index, *totals = _triton.row_sums(scores, soft, temperature if entropies else None)
+        near = Near(torch.arange(len(best), device=best.device), index, best.to(scores.wide))
+        return Found(RowSums(best, *totals), near, lists_p=False, lists_s=False)
     near_p = scores.margin
     if entropies:
         near_p = near_p.clamp_min(reach(dtype) * temperature)
@@ -326,17 +333,25 @@ def _swept_entropies(
     n, v = len(best), len(out.slope)
     total = shards.sum(torch.tensor(v, device=best.device))
     uniform_slope = batch_entropy_slope(1 / total)
-    codes = full_height_tile(n, v, best.device)
-    scratch = best.new_empty(n * codes)
-    i = slice(0, n)
-    for k in spans(v, codes):
-        t = scores.tile(i, k, scratch).sub_(best[:, None]).div_(temperature).sub_(log_mass[:, None])
-        p = t.clamp_min_(exponent_floor(t.dtype)).exp_()
-        q = weights @ p
-        out.entropies[1] += batch_entropy(q)
-        # Each row's gradient sees the slope less its mean; near a uniform q the two would cancel.
-        out.slope[k] = batch_entropy_slope(q) - uniform_slope
-        mean_slope.addmv_(p, out.slope[k])
+    if has_triton_form(best[:, None]):
+        from tessella.ops import _triton
+
+        q = _triton.mean_assignment(scores, best, log_mass, weights, temperature)
+        out.entropies[1] = batch_entropy(q)
+        torch.sub(batch_entropy_slope(q), uniform_slope, out=out.slope)
+        mean_slope.copy_(_triton.mean_slope(scores, best, log_mass, out.slope, temperature))
+    else:
+        codes = full_height_tile(n, v, best.device)
+        scratch = best.new_empty(n * codes)
+        i = slice(0, n)
+        for k in spans(v, codes):
+            t = scores.tile(i, k, scratch).sub_(best[:, None]).div_(temperature).sub_(log_mass[:, None])
+            p = t.clamp_min_(exponent_floor(t.dtype)).exp_()
+            q = weights @ p
+            out.entropies[1] += batch_entropy(q)
+            # Each row's gradient sees the slope less its mean; near a uniform q the two would cancel.
+            out.slope[k] = batch_entropy_slope(q) - uniform_slope
+            mean_slope.addmv_(p, out.slope[k])
     shards.sum(out.entropies[1])
     shards.sum(mean_slope)
 
@@ -388,7 +403,11 @@ def softmax_codes_backward(
         swept = (grad_z_q if num_s == SWEPT else None, grad_entropies if num_p == SWEPT else None)
         if any(grad is not None for grad in swept):
             stats = (row_stats, mean_code, slope, row_weights(mask, z) / temperature)
-            _sweep_backward(Scores(z, codebook, metric), stats, *swept, temperature, dz, dcodebook)
+            if has_triton_form(z):
+                from tessella.ops._triton import sweep_backward
+            else:
+                sweep_backward = _sweep_backward
+            sweep_backward(Scores(z, codebook, metric), stats, *swept, temperature, dz, dcodebook)
         num = max(num_p, num_s)
         if num != SWEPT:
             pairs, values = listed[:, :num], listed_values[:, :num]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Literal, get_args
 
 import torch
@@ -18,6 +20,7 @@ CPU_TILE_ELEMENTS = 1 << 20
 CUDA_TILE_ELEMENTS = 1 << 25
 CUDA_FREE_FRACTION = 1 / 32
 MAX_TILE_ROWS = 1024
+MAX_TRITON_DIM = 256  # a row of z and of its gradient stay in registers
 
 _forced_tile: tuple[int, int] | None = None
 
@@ -53,6 +56,13 @@ def _tile_elements(device: torch.device) -> int:
         return CPU_TILE_ELEMENTS
     free_bytes, _ = torch.cuda.mem_get_info(device)
     return max(CPU_TILE_ELEMENTS, min(CUDA_TILE_ELEMENTS, int(free_bytes * CUDA_FREE_FRACTION) // 4))
+
+
+def has_triton_form(z: Tensor) -> bool:
+    """Whether the Triton kernels serve ``z`` ``[N, D]``: float32 on CUDA, or on the CPU under Triton's interpreter."""
+    on_device = z.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    fits = z.dtype == torch.float32 and z.shape[1] <= MAX_TRITON_DIM
+    return on_device and fits and find_spec("triton") is not None
 
 
 def spans(total: int, step: int) -> Iterator[slice]:

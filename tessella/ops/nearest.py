@@ -13,6 +13,7 @@ from tessella.ops._tiles import (
     check_vectors,
     compute_dtype,
     full_precision,
+    has_triton_form,
     spans,
     tile_shape,
 )
@@ -50,6 +51,11 @@ def nearest_code(z: Tensor, codebook: Tensor, metric: str, group: str) -> Tensor
     with full_precision(z.device):
         scores = Scores(z.to(compute_dtype(z, codebook)), codebook, metric)
         first_code = shards.first_code(codebook.shape[0], z.device)
+        if has_triton_form(scores.z):
+            from tessella.ops import _triton
+
+            best, index, *_ = _triton.row_sums(scores, False, None)
+            return first_over_shards(best, index, first_code, shards)
         rows, codes = tile_shape(z.shape[0], codebook.shape[0], z.device)
         scratch = scores.z.new_empty(rows * codes)
         for i in spans(z.shape[0], rows):

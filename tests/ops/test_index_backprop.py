@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tessella.ops import index_backprop
+from tessella.ops._softmax import SWEPT, softmax_codes
 from tessella.ops._tiles import forced_tile
 
 TILES = [(7, 13), (23, 64), (1024, 1024)]
@@ -88,6 +89,24 @@ def test_agrees_with_dense_autograd(
     with forced_tile(*tile):
         actual = results(index_backprop, *problem(), *weights, temperature, mask)
     assert_agree(actual, expected, atol=1e-12 + 5e-14 / temperature)
+
+
+@pytest.mark.parametrize(
+    ("scale", "temperature", "lists_p", "lists_s"),
+    [(0.7, 1.0, False, False), (2.0, 0.01, True, False), (8.0, 0.01, True, True), (8.0, 1.0, True, True)],
+)
+@pytest.mark.parametrize("tile", TILES)
+def test_agrees_with_dense_autograd_whether_listed_or_swept(
+    scale: float, temperature: float, lists_p: bool, lists_s: bool, tile: tuple[int, int]
+) -> None:
+    z, codebook, upstream = problem()
+    data = (z * scale / 0.7, codebook * scale / 0.7, upstream)
+    expected = results(dense_index_backprop, *data, *WEIGHTS["all"], temperature)
+    with forced_tile(*tile):
+        actual = results(index_backprop, *data, *WEIGHTS["all"], temperature)
+        num_listed = softmax_codes(data[0], data[1], None, "dot", temperature, True, True, "")[-1]
+    assert [count != SWEPT for count in num_listed.tolist()] == [lists_p, lists_s]
+    assert_agree(actual, expected, atol=1e-10)
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
@@ -223,8 +242,6 @@ def test_compiles_whole_with_any_number_of_rows(temperature: float) -> None:
 
 
 def test_operator_registrations() -> None:
-    from tessella.ops._softmax import softmax_codes
-
     z, codebook, _ = problem()
     arguments = (z[:5].requires_grad_(), codebook[:9].requires_grad_(), None, "dot", 0.1, True, True, "")
     torch.library.opcheck(

@@ -12,7 +12,7 @@ from tessella.ops import index_backprop, nearest, sharded_index_backprop, sharde
 from tessella.ops._tiles import forced_tile
 
 SPLIT = 60  # the first rank's codes; the second holds the other 90
-TEMPERATURES = (0.01, 1.0)
+SETTINGS = [(0.01, 1.0), (1.0, 1.0), (0.01, 8.0)]  # temperatures, and scales of z: p listed, all swept, all listed
 
 
 def problem() -> tuple[Tensor, Tensor, Tensor]:
@@ -29,13 +29,13 @@ def run_rank(rank: int, folder: str) -> None:
     mask = torch.arange(23) % 4 != 0
     shard = codebook[:SPLIT] if rank == 0 else codebook[SPLIT:]
     out = {metric: sharded_nearest(z, shard, metric) for metric in ("euclidean", "dot")}
-    for temperature in TEMPERATURES:
-        a, b = z.clone().requires_grad_(), shard.clone().requires_grad_()
+    for temperature, scale in SETTINGS:
+        a, b = (z * scale).requires_grad_(), shard.clone().requires_grad_()
         with forced_tile(10, 32):
             z_q, indices, loss, metrics = sharded_index_backprop(a, b, 1.0, 0.25, 0.3, temperature, mask)
             (loss + (z_q * upstream).sum()).backward()
         named = {"z_q": z_q, "indices": indices, "loss": loss, "dz": a.grad, "dcodebook": b.grad, **metrics}
-        out |= {f"{name} at {temperature}": value.detach() for name, value in named.items()}
+        out |= {f"{name} at {temperature}, {scale}": value.detach() for name, value in named.items()}
     torch.save(out, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -53,19 +53,19 @@ def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
     z, codebook, upstream = problem()
     expected = {metric: nearest(z, codebook, metric) for metric in ("euclidean", "dot")}
     assert expected["euclidean"][0].item() == 20
-    for temperature in TEMPERATURES:
-        a, b = z.clone().requires_grad_(), codebook.clone().requires_grad_()
+    for temperature, scale in SETTINGS:
+        a, b = (z * scale).requires_grad_(), codebook.clone().requires_grad_()
         z_q, indices, loss, metrics = index_backprop(a, b, 1.0, 0.25, 0.3, temperature, torch.arange(23) % 4 != 0)
         (loss + (z_q * upstream).sum()).backward()
         named = {"z_q": z_q, "indices": indices, "loss": loss, "dz": a.grad, "dcodebook": b.grad, **metrics}
-        expected |= {f"{name} at {temperature}": value.detach() for name, value in named.items()}
+        expected |= {f"{name} at {temperature}, {scale}": value.detach() for name, value in named.items()}
     assert set(ranks[0]) == set(ranks[1]) == set(expected)
     for name, value in expected.items():
         if name.startswith("dcodebook"):
-            torch.testing.assert_close(torch.cat([rank[name] for rank in ranks]), value, rtol=1e-11, atol=1e-11)
+            torch.testing.assert_close(torch.cat([rank[name] for rank in ranks]), value, rtol=1e-10, atol=1e-10)
         else:
             for rank in ranks:
-                torch.testing.assert_close(rank[name], value, rtol=1e-11, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+                torch.testing.assert_close(rank[name], value, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_needs_a_process_group() -> None:
