@@ -120,12 +120,8 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList()
         width = channels
         for level, out in enumerate(widths):
-            blocks: list[nn.Module] = []
-            for index in range(num_res_blocks):
-                blocks.append(ResBlock(width if index == 0 else out, out, bias))
-                if attend[level]:
-                    blocks.append(Attention(out))
-            width = out if num_res_blocks else width
+            blocks = _level(width, out, num_res_blocks, attend[level], bias)
+            width = out if blocks else width
             if level < len(widths) - 1:
                 blocks.append(_DOWNSAMPLE[downsample](width))
             self.down.append(nn.Sequential(*blocks))
@@ -155,12 +151,8 @@ class Decoder(nn.Module):
         self.mid = _middle(width, mid_attention, bias)
         self.up = nn.ModuleList()
         for level, out in enumerate(widths):
-            blocks: list[nn.Module] = []
-            for index in range(num_res_blocks):
-                blocks.append(ResBlock(width if index == 0 else out, out, bias))
-                if attend[level]:
-                    blocks.append(Attention(out))
-            width = out if num_res_blocks else width
+            blocks = _level(width, out, num_res_blocks, attend[level], bias)
+            width = out if blocks else width
             if level < len(widths) - 1:
                 blocks.append(_UPSAMPLE[upsample](width))
             self.up.append(nn.Sequential(*blocks))
@@ -265,6 +257,15 @@ def _pooled_down(channels: int) -> nn.Module:
 
 _DOWNSAMPLE = {"asymmetric": _AsymmetricDown, "strided": _strided_down, "pool": _pooled_down}
 _UPSAMPLE = {"nearest": _NearestUp, "depth_to_space": _DepthToSpace}
+
+
+def _level(in_channels: int, out_channels: int, num_res_blocks: int, attention: bool, bias: bool) -> list[nn.Module]:
+    blocks: list[nn.Module] = []
+    for index in range(num_res_blocks):
+        blocks.append(ResBlock(in_channels if index == 0 else out_channels, out_channels, bias))
+        if attention:
+            blocks.append(Attention(out_channels))
+    return blocks
 
 
 def _middle(channels: int, attention: bool, bias: bool) -> nn.Sequential:
