@@ -19,7 +19,7 @@ Metric = Literal["euclidean", "dot"]
 CPU_TILE_ELEMENTS = 1 << 20
 CUDA_TILE_ELEMENTS = 1 << 25
 CUDA_FREE_FRACTION = 1 / 32
-MAX_TILE_ROWS = 1024
+MAX_TILE_ROWS = 4096
 MAX_TRITON_DIM = 256  # a row of z and of its gradient stay in registers
 
 _forced_tile: tuple[int, int] | None = None
