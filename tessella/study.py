@@ -371,9 +371,12 @@ def verdicts(means: dict[tuple[str, int], dict[str, Any]]) -> list[tuple[str, bo
     split = curve("EMA split")
     common = sorted(set(split) & set(vq))
     if common:
-        worst = max(common)
-        found.append(("EMA with splitting repairs VQ",
-                      split[worst]["usage"] > 2 * vq[worst]["usage"] and split[worst]["mse"] < vq[worst]["mse"],
-                      f"usage {usage('EMA split')}; MSE at 2^{worst} {1000 * split[worst]['mse']:.2f}e-3 against "
-                      f"{1000 * vq[worst]['mse']:.2f}e-3 of VQ"))  # fmt: skip
+        full = all(split[b]["usage"] >= 0.75 * expected_usage(b, split[b]["num_tokens"]) for b in common)
+        better = all(split[b]["mse"] < vq[b]["mse"] for b in common)
+        gains = ", ".join(f"{vq[b]['mse'] / split[b]['mse']:.1f} at 2^{b}" for b in common)
+        found.append((
+            "EMA with splitting repairs VQ: less MSE and at least 75 % of uniform usage, at every size",
+            full and better,
+            f"{usage('EMA split')}; VQ's MSE over its: {gains}",
+        ))  # fmt: skip
     return found

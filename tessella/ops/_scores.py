@@ -36,8 +36,10 @@ class Scores:
 
     def tile(self, i: slice, k: slice, scratch: Tensor) -> Tensor:
         """The scores of rows ``i`` and codes ``k``, written into ``scratch``."""
-        scores = torch.mm(self.z[i], self.codebook[k].to(self.z.dtype).T, out=corner(scratch, i, k))
-        return scores if self.half_norms is None else scores.sub_(self.half_norms[k])
+        codes, out = self.codebook[k].to(self.z.dtype).T, corner(scratch, i, k)
+        if self.half_norms is None:
+            return torch.mm(self.z[i], codes, out=out)
+        return torch.addmm(self.half_norms[k], self.z[i], codes, beta=-1, out=out)
 
     def exact(self, rows: Tensor, codes: Tensor) -> Tensor:
         """Scores of the pairs ``(rows[j], codes[j])`` in float64 (float32 on MPS, which has no float64): ``[c]``."""
@@ -81,18 +83,24 @@ class Shortlist:
 
     def update(self, tile: Tensor, k: slice) -> None:
         """Take in the scores ``[n, v]`` of the codes ``k``."""
-        n, v = tile.shape
-        segments = tile.view(n, -1, SEGMENT if v % SEGMENT == 0 else v)
-        tops = segments.amax(2)
-        torch.maximum(self.best, tops.amax(1), out=self.best)
-        threshold = (self.best - self._window)[:, None]
-        row, segment = (tops >= threshold).nonzero(as_tuple=True)
+        v = tile.shape[1]
+        tops = tile.amax(1)
+        torch.maximum(self.best, tops, out=self.best)
+        threshold = self.best - self._window
+        # After the first tiles few rows find a code that comes near: only those are looked at closely.
+        rows = (tops >= threshold).nonzero().squeeze(1)
+        if len(rows) == 0:
+            return
+        near = tile if len(rows) == len(tile) else tile[rows]
+        segments = near.view(len(rows), -1, SEGMENT if v % SEGMENT == 0 else v)
+        limit = threshold[rows, None]
+        row, segment = (segments.amax(2) >= limit).nonzero(as_tuple=True)
         if len(row) > self._capacity:
             self._parts.append(self._settle_tile(tile, k))
-        elif len(row) > 0:
+        else:
             found = segments[row, segment]
-            hit, code = (found >= threshold[row]).nonzero(as_tuple=True)
-            self._parts.append((row[hit], segment[hit] * segments.shape[2] + code + k.start, found[hit, code]))
+            hit, code = (found >= limit[row]).nonzero(as_tuple=True)
+            self._parts.append((rows[row[hit]], segment[hit] * segments.shape[2] + code + k.start, found[hit, code]))
         if sum(len(rows) for rows, _, _ in self._parts) > self._capacity:
             self._prune()
             if len(self._parts[0][0]) > self._capacity:

@@ -61,8 +61,8 @@ def plot_study(rows: Sequence[dict[str, Any]], out: Path) -> None:
 
     def histograms(figure: Any) -> None:
         first = [row for row in rows if row["seed"] == min(other["seed"] for other in rows)]
-        grid = figure.subplots(-(-len(methods) // _PER_ROW), _PER_ROW, squeeze=False, sharey=True).flat
-        for axes in list(grid)[len(methods) :]:
+        grid = list(figure.subplots(-(-len(methods) // _PER_ROW), _PER_ROW, squeeze=False, sharey=True).flat)
+        for axes in grid[len(methods) :]:
             axes.set_axis_off()
         for axes, method in zip(grid, methods, strict=False):
             for row in first:
