@@ -37,9 +37,9 @@ class SCQ(Quantizer):
     code is p, some ``support_size`` real numbers, so SCQ is no match in rate for VQ of the same codebook size. The
     metric ``hard_gap`` tells how far the two are apart. As lambda grows z_q tends to c_{k*} and its gradient to zero.
 
-    The paper publishes neither its constants nor its code. On a small autoencoder the exact problem is nearly lossless;
-    the scalable relaxation alone is not, and collapses under a quantization loss. Hence the ``refined`` default; with
-    ``solver="relaxed"`` use ``loss="none"``.
+    Constants and code of the paper are not public. The relaxation alone is a poor solution of the problem (its error is
+    far above the optimum's), hence the ``refined`` default; with ``solver="relaxed"`` use ``loss="none"``. What the
+    solvers came to in an autoencoder is in ``docs/collapse.md``.
 
     Metrics beside ``usage`` and ``perplexity`` (of k*): ``quantization_error`` mean :math:`(z - z_q)^2`; ``hard_gap``
     mean :math:`(z_q - c_{k*})^2` of the soft z_q; ``support_size``, the mean number of non-zero weights;
