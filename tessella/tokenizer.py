@@ -32,6 +32,10 @@ class TokenSpace:
     codebook_size: int
     fingerprint: str
 
+    def __post_init__(self) -> None:
+        """A grid read from a file is a list."""
+        object.__setattr__(self, "grid", tuple(self.grid))
+
     @property
     def sequence_length(self) -> int:
         """N = prod(S) * K."""
@@ -102,7 +106,7 @@ class Tokenizer(Configurable, nn.Module):
         """The tokens of a signal of ``extent`` samples along each axis."""
         from tessella.checkpoint import fingerprint
 
-        grid = tuple(size // self.autoencoder.stride for size in extent)
+        grid = self.autoencoder.latent_grid(*extent)
         return TokenSpace(grid, self.quantizer.num_codebooks, self.quantizer.codebook_size, fingerprint(self))
 
     def save(self, path: str | Path) -> None:

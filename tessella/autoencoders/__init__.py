@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from tessella.autoencoders.base import Autoencoder
 from tessella.autoencoders.conv import Conv
+from tessella.autoencoders.vit import ViT
 
-__all__ = ["Autoencoder", "Conv"]
+__all__ = ["Autoencoder", "Conv", "ViT"]

@@ -29,3 +29,12 @@ class Autoencoder(Configurable, nn.Module, ABC):
     @abstractmethod
     def decode(self, latent: Tensor) -> Tensor:
         """Latents ``[B, *S, E]`` to ``x_hat [B, C, *X]``."""
+
+    @property
+    @abstractmethod
+    def last_layer(self) -> nn.Parameter:
+        """The decoder's last weight, where adaptive adversarial weighting measures gradients."""
+
+    def latent_grid(self, *extent: int) -> tuple[int, ...]:
+        """The latent grid S of a signal of ``extent`` samples along each axis."""
+        return tuple(size // self.stride for size in extent)

@@ -107,6 +107,11 @@ class Conv(Autoencoder):
         """``[B, h, w, E]`` to ``[B, C, h*stride, w*stride]``."""
         return F.pixel_shuffle(self.decoder(latent.movedim(-1, 1)), self.patch_px)
 
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """See :class:`Autoencoder`."""
+        return self.decoder.conv_out.get_parameter("weight")
+
 
 class Encoder(nn.Module):
     """Signal ``[B, C, H, W]`` to features ``[B, E, h, w]``."""
@@ -166,11 +171,6 @@ class Decoder(nn.Module):
             h = level(h)
         out: Tensor = self.conv_out(F.silu(self.norm_out(h)))
         return out
-
-    @property
-    def last_layer(self) -> Tensor:
-        """The weight that adaptive adversarial weighting measures gradients at."""
-        return self.conv_out.weight
 
 
 class ResBlock(nn.Module):
