@@ -22,20 +22,32 @@ class ConfigError(ValueError):
 
 
 # Folder -> the protocol in its base.py that its classes implement.
-FAMILIES = {"quantizers": "Quantizer", "autoencoders": "Autoencoder", "data": "ImageDataset"}
+FAMILIES = {
+    "quantizers": "Quantizer",
+    "autoencoders": "Autoencoder",
+    "conditioners": "Conditioner",
+    "generators": "Generator",
+    "data": "Samples",
+}
 
 # Sections of a recipe that name their class -> its family and the arguments the program supplies.
 NAMED_SECTIONS: dict[str, tuple[str, frozenset[str]]] = {
     "data": ("data", frozenset({"split"})),
     "autoencoder": ("autoencoders", frozenset()),
     "quantizer": ("quantizers", frozenset()),
+    "generator": ("generators", frozenset({"space"})),
 }
 # Sections with one class each -> where it is and the arguments the program supplies.
 FIXED_SECTIONS: dict[str, tuple[str, frozenset[str]]] = {
     "tokenizer": ("tessella.tokenizer:Tokenizer", frozenset({"autoencoder", "quantizer"})),
     "loss": ("tessella.training.tokenizer:TokenizerStep", frozenset({"tokenizer"})),
+    "space": ("tessella.tokenizer:TokenSpace", frozenset()),
     "training": ("tessella.training.loop:Loop", frozenset()),
 }
+# What a recipe trains -> its sections. A recipe with a [generator] trains that, any other a tokenizer. The program
+# writes [space], the tokens a generator is for, when it has seen the tokenizer.
+TOKENIZER_SECTIONS = ("data", "autoencoder", "quantizer", "tokenizer", "loss", "training")
+GENERATOR_SECTIONS = ("data", "generator", "space", "training")
 
 
 class Configurable:
@@ -112,7 +124,7 @@ def resolve(target: type, values: Spec, *, where: str, given: frozenset[str] = f
     Args:
         target: a class; its parameters' annotations are the types.
         values: keyword arguments from a recipe. A dictionary for a parameter that is itself of a family (a residual
-            quantizer's inner one) is resolved the same way.
+            quantizer's inner one) or a `Configurable` (a loss's adversary) is resolved the same way.
         where: the recipe's section, for messages.
         given: parameters that the program supplies, not the recipe.
 
@@ -149,10 +161,8 @@ def build(family: str, spec: Spec, **given: Any) -> Any:
     """The object that a section describes; ``given`` are arguments that the program supplies."""
     spec = resolve_named(family, spec, where=_singular(family), given=frozenset(given))
     cls = find(family, spec["name"])
-    hints = get_type_hints(cls.__init__)  # type: ignore[misc]
-    arguments = {key: _construct(value, hints[key]) for key, value in spec.items() if key != "name"}
     try:
-        return cls(**arguments, **given)
+        return cls(**_constructed(cls, {key: value for key, value in spec.items() if key != "name"}), **given)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{_singular(family)} {spec['name']!r}: {error}") from error
 
@@ -168,9 +178,26 @@ def _family_of(hint: Any) -> str | None:
     return None
 
 
+def _class_of(hint: Any) -> type[Configurable] | None:
+    """The `Configurable` class, of no family, that ``hint`` is (or optionally is), if any."""
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    found = (option for option in options if inspect.isclass(option) and issubclass(option, Configurable))
+    return next(found, None)
+
+
 def _construct(value: Any, hint: Any) -> Any:
-    family = _family_of(hint)
-    return build(family, value) if family and isinstance(value, dict) else value
+    if not isinstance(value, dict):
+        return value
+    if family := _family_of(hint):
+        return build(family, value)
+    cls = _class_of(hint)
+    return value if cls is None else cls(**_constructed(cls, value))
+
+
+def _constructed(cls: type, values: Spec) -> Spec:
+    """The arguments of ``cls`` with the objects in them built."""
+    hints = get_type_hints(cls.__init__)  # type: ignore[misc]
+    return {key: _construct(value, hints[key]) for key, value in values.items()}
 
 
 def _check(value: Any, hint: Any, where: str) -> Any:
@@ -179,6 +206,13 @@ def _check(value: Any, hint: Any, where: str) -> Any:
         if isinstance(value, dict):
             return resolve_named(family, value, where=where)
         raise ConfigError(f"'{where}' must be a table with a name, got {value!r}")
+    cls = _class_of(hint)
+    if cls is not None:
+        if isinstance(value, dict):
+            return resolve(cls, value, where=where)
+        if value is None and type(None) in get_args(hint):
+            return None
+        raise ConfigError(f"'{where}' must be a table, got {value!r}")
     from pydantic import TypeAdapter, ValidationError  # imported here: not needed to import the package
 
     try:
@@ -205,19 +239,22 @@ def resolve_recipe(recipe: Spec) -> Spec:
     Raises:
         ConfigError: an unknown section or key, a missing one, or a wrong type.
     """
-    known = [*NAMED_SECTIONS, *FIXED_SECTIONS]
+    known = GENERATOR_SECTIONS if "generator" in recipe else TOKENIZER_SECTIONS
     for key, value in recipe.items():
         if key not in known:
             raise ConfigError(f"unknown section '{key}'; accepted: {', '.join(known)}")
         if not isinstance(value, dict):
             raise ConfigError(f"'{key}' must be a table, got {value!r}")
     resolved: Spec = {}
-    for section, (family, given) in NAMED_SECTIONS.items():
-        if section not in recipe:
+    for section in known:
+        if section in FIXED_SECTIONS:
+            target, given = FIXED_SECTIONS[section]
+            resolved[section] = resolve(_target(target), recipe.get(section, {}), where=section, given=given)
+        elif section in recipe:
+            family, given = NAMED_SECTIONS[section]
+            resolved[section] = resolve_named(family, recipe[section], where=section, given=given)
+        else:
             raise ConfigError(f"missing section '{section}'")
-        resolved[section] = resolve_named(family, recipe[section], where=section, given=given)
-    for section, (target, given) in FIXED_SECTIONS.items():
-        resolved[section] = resolve(_target(target), recipe.get(section, {}), where=section, given=given)
     return resolved
 
 
@@ -226,8 +263,9 @@ def build_section(recipe: Spec, section: str, **given: Any) -> Any:
     if section in NAMED_SECTIONS:
         return build(NAMED_SECTIONS[section][0], recipe[section], **given)
     cls = _target(FIXED_SECTIONS[section][0])
+    values = resolve(cls, recipe.get(section, {}), where=section, given=frozenset(given))
     try:
-        return cls(**resolve(cls, recipe.get(section, {}), where=section, given=frozenset(given)), **given)
+        return cls(**_constructed(cls, values), **given)
     except (ValueError, TypeError) as error:
         raise error if isinstance(error, ConfigError) else ConfigError(f"[{section}] {error}") from error
 
@@ -270,6 +308,9 @@ def recipe_names() -> list[str]:
 def read_recipe(name_or_path: str) -> Spec:
     """A recipe as written: a name from :func:`recipe_names`, or a path to a TOML file.
 
+    ``extends = "other"`` at its top takes every key it does not give from another recipe, section by section. A section
+    that names another class takes over nothing.
+
     Raises:
         ConfigError: no such recipe, or not valid TOML.
     """
@@ -284,9 +325,21 @@ def read_recipe(name_or_path: str) -> Spec:
         raise ConfigError(f"unknown recipe {name_or_path!r}; choose one of: {', '.join(recipe_names())}; "
                           "or give the path of a .toml file")  # fmt: skip
     try:
-        return tomllib.loads(text)
+        recipe = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"recipe {name_or_path}: {error}") from None
+    parent = recipe.pop("extends", None)
+    return recipe if parent is None else _extended(read_recipe(parent), recipe)
+
+
+def _extended(base: Spec, changes: Spec) -> Spec:
+    """``base`` with the keys of ``changes``, tables within tables too."""
+    if changes.get("name", base.get("name")) != base.get("name"):
+        return changes
+    merged = dict(base)
+    for key, value in changes.items():
+        merged[key] = _extended(base[key], value) if isinstance(value, dict) and key in base else value
+    return merged
 
 
 def recipe_summary(name: str) -> str:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +13,11 @@ from tessella.quantizers import FSQ, VQ
 
 def test_every_recipe_in_the_package_resolves() -> None:
     for name in config.recipe_names():
-        resolved = config.resolve_recipe(config.read_recipe(name))
+        recipe = config.read_recipe(name)
+        if "generator" in recipe:  # the program adds these when it has seen the tokenizer
+            recipe["space"] = {"grid": [4, 4], "num_codebooks": 1, "codebook_size": 8, "fingerprint": "0"}
+            recipe.setdefault("data", {"name": "photos"})
+        resolved = config.resolve_recipe(recipe)
         # what is stored must read back as the same recipe
         assert config.differences(tomllib.loads(config.to_toml(resolved)), resolved) == []
         assert config.recipe_summary(name)
@@ -30,6 +35,30 @@ def test_spec_of_builds_the_same_again() -> None:
     assert spec["name"] == "vq"
     assert spec["commitment_weight"] == 0.5
     assert config.spec_of(config.build("quantizers", spec)) == spec
+
+
+def test_a_recipe_extends_another(tmp_path: Path) -> None:
+    (tmp_path / "child.toml").write_text(
+        'extends = "photos_fsq"\n[quantizer]\nname = "vq"\ncodebook_size = 8\ndim = 2\n[training]\nsteps = 7\n'
+    )
+    parent, child = config.read_recipe("photos_fsq"), config.read_recipe(str(tmp_path / "child.toml"))
+    assert child["quantizer"] == {"name": "vq", "codebook_size": 8, "dim": 2}  # another class takes over nothing
+    assert child["training"] == {**parent["training"], "steps": 7}
+    assert child["data"] == parent["data"]
+    (tmp_path / "lost.toml").write_text('extends = "nobody"\n')
+    with pytest.raises(ConfigError, match="unknown recipe 'nobody'"):
+        config.read_recipe(str(tmp_path / "lost.toml"))
+
+
+def test_a_nested_section_is_checked_and_completed() -> None:
+    recipe = config.override(config.read_recipe("photos_fsq"), ["loss.adversary.weight=0.2"])
+    resolved = config.resolve_recipe(recipe)
+    assert resolved["loss"]["adversary"]["weight"] == 0.2
+    assert resolved["loss"]["adversary"]["discriminator"] == "patchgan"
+    with pytest.raises(ConfigError, match="unknown key 'loss.adversary.wieght'; accepted: discriminator"):
+        config.resolve_recipe(config.override(recipe, ["loss.adversary.wieght=1"]))
+    with pytest.raises(ConfigError, match="'loss.adversary' must be a table, got 3"):
+        config.resolve_recipe(config.override(recipe, ["loss.adversary=3"]))
 
 
 def test_nested_quantizer_is_built() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import signal
@@ -16,11 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from tessella.checkpoint import latest_checkpoint, load_state, save_checkpoint
-from tessella.data.base import Batch, ImageDataset, SkipBudget, training_batches
+from tessella.checkpoint import Model, latest_checkpoint, load_state, save_checkpoint
+from tessella.data.base import Batch, Samples, SkipBudget, training_batches
 from tessella.quantizers.base import Quantizer
-from tessella.tokenizer import Tokenizer
-from tessella.training.base import Step
+from tessella.training.base import Step, StepOutput
 from tessella.training.logs import RunLog, TrainingProgress
 
 logger = logging.getLogger("tessella")
@@ -55,12 +55,15 @@ class Loop:
         betas: of Adam.
         weight_decay: of AdamW (decoupled); on matrices and convolutions, never on biases, norms or codebooks.
         warmup_steps: linear warm-up from 0.
-        decay: schedule after it: ``constant``, ``cosine`` or ``linear`` down to ``final_lr`` (a fraction of ``lr``).
+        hold: share of the steps after the warm-up during which the rate stays at its peak.
+        decay: schedule after that: ``constant``, ``cosine`` or ``linear`` down to ``final_lr`` (a fraction of ``lr``).
         final_lr: fraction of ``lr`` at the end.
-        clip_norm: largest norm of an optimizer's gradient; None for no clipping.
+        milestones: steps after each of which the rate is multiplied by 0.1.
+        clip_norm: largest norm of an optimizer's gradient; ``inf`` for no clipping.
         ema_decay: of the averaged weights, which are what is saved and evaluated; None for none.
         precision: ``fp32`` or ``bf16`` (autocast).
-        compile: run the step through ``torch.compile``.
+        compile: run the step's networks through ``torch.compile``.
+        overfit_batch: train on the first batch alone, again and again: a recipe that cannot learn it by heart is wrong.
         log_every, sample_every, checkpoint_every: in steps.
         keep_checkpoints: how many of the newest stay.
         num_workers: processes that decode pictures; 0 decodes in this one.
@@ -79,12 +82,15 @@ class Loop:
         betas: Sequence[float] = (0.9, 0.99),
         weight_decay: float = 0.0,
         warmup_steps: int = 100,
+        hold: float = 0.0,
         decay: Literal["constant", "cosine", "linear"] = "cosine",
         final_lr: float = 0.02,
-        clip_norm: float | None = 1.0,
+        milestones: Sequence[int] = (),
+        clip_norm: float = 1.0,
         ema_decay: float | None = None,
         precision: Literal["fp32", "bf16"] = "fp32",
         compile: bool = False,
+        overfit_batch: bool = False,
         log_every: int = 20,
         sample_every: int = 500,
         checkpoint_every: int = 500,
@@ -98,6 +104,7 @@ class Loop:
             "batch_size": batch_size,
             "accumulate": accumulate,
             "lr": lr,
+            "clip_norm": clip_norm,
             "log_every": log_every,
             "sample_every": sample_every,
             "checkpoint_every": checkpoint_every,
@@ -112,8 +119,8 @@ class Loop:
             raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
         if ema_decay is not None and not 0 < ema_decay < 1:
             raise ValueError(f"ema_decay must lie in (0, 1), got {ema_decay}")
-        if clip_norm is not None and clip_norm <= 0:
-            raise ValueError(f"clip_norm must be positive, got {clip_norm}")
+        if not 0 <= hold <= 1:
+            raise ValueError(f"hold must lie in [0, 1], got {hold}")
         self.steps = steps
         self.batch_size = batch_size
         self.accumulate = accumulate
@@ -122,12 +129,15 @@ class Loop:
         self.betas = (betas[0], betas[1])
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
+        self.hold = hold
         self.decay = decay
         self.final_lr = final_lr
+        self.milestones = tuple(milestones)
         self.clip_norm = clip_norm
         self.ema_decay = ema_decay
         self.precision = precision
         self.compile = compile
+        self.overfit_batch = overfit_batch
         self.log_every = log_every
         self.sample_every = sample_every
         self.checkpoint_every = checkpoint_every
@@ -141,18 +151,20 @@ class Loop:
         if step < self.warmup_steps:
             return self.lr * (step + 1) / self.warmup_steps
         progress = (step - self.warmup_steps) / max(self.steps - self.warmup_steps, 1)
+        progress = max(progress - self.hold, 0) / max(1 - self.hold, 1e-12)
         remaining = {
             "constant": 1.0,
             "cosine": (1 + math.cos(math.pi * progress)) / 2,
             "linear": 1 - progress,
         }[self.decay]
         floor = 1.0 if self.decay == "constant" else self.final_lr
-        return self.lr * (floor + (1 - floor) * remaining)
+        drops = sum(step >= milestone for milestone in self.milestones)
+        return self.lr * (floor + (1 - floor) * remaining) * 0.1**drops
 
     def run(
         self,
         step: Step,
-        dataset: ImageDataset,
+        dataset: Samples,
         folder: Path,
         *,
         device: torch.device,
@@ -166,7 +178,7 @@ class Loop:
 
         Args:
             step: what to train.
-            dataset: training pictures.
+            dataset: training pictures, or their tokens.
             folder: of the run.
             device: where to train.
             show: writes a grid of pictures to a file.
@@ -183,7 +195,7 @@ class _Run:
     """State of one run."""
 
     def __init__(
-        self, settings: Loop, step: Step, dataset: ImageDataset, folder: Path, device: torch.device,
+        self, settings: Loop, step: Step, dataset: Samples, folder: Path, device: torch.device,
         show: Callable[[Tensor, Path], None] | None,
         quiet: bool,
     ) -> None:  # fmt: skip
@@ -199,7 +211,9 @@ class _Run:
             None if settings.ema_decay is None
             else AveragedModel(step.model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay))
         )  # fmt: skip
-        self.call = torch.compile(step) if settings.compile else step
+        if settings.compile:
+            for child in step.children():
+                child.compile()
         self.position = 0
         self.seconds = 0.0
         self.skips = SkipBudget(settings.max_skip_share)
@@ -227,9 +241,11 @@ class _Run:
                 self.dataset,
                 batch_size=s.batch_size // s.accumulate,
                 seed=s.seed,
-                start_batch=self.position * s.accumulate,
-                num_workers=s.num_workers,
+                start_batch=0 if s.overfit_batch else self.position * s.accumulate,
+                num_workers=0 if s.overfit_batch else s.num_workers,
             )
+            if s.overfit_batch:
+                batches = itertools.cycle([next(batches) for _ in range(s.accumulate)])
             with TrainingProgress(s.steps, self.position, s.batch_size, quiet=self.quiet) as progress:
                 started = time.monotonic() - self.seconds
                 while self.position < s.steps:
@@ -266,7 +282,9 @@ class _Run:
             batch["x"] = batch["x"].to(self.device)
             batch["label"] = batch["label"].to(self.device)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=s.precision == "bf16"):
-                out = self.call(batch)
+                out = self.step(batch)
+            if self._is_logged(self.position + 1):
+                out.metrics |= _gradient_norms(out)
             for index, (name, loss) in enumerate(out.losses.items(), 1):
                 # Each loss reaches only its own optimizer's parameters, whatever else its graph touches.
                 inputs = _parameters(self.optimizers[name])
@@ -278,7 +296,7 @@ class _Run:
         self._require_finite(row)
         lr = s.learning_rate(self.position)
         for name, optimizer in self.optimizers.items():
-            norm = nn.utils.clip_grad_norm_(_parameters(optimizer), s.clip_norm or math.inf)
+            norm = nn.utils.clip_grad_norm_(_parameters(optimizer), s.clip_norm)
             row[f"grad_norm/{name}"] = norm.item()
             self._require_finite(row)
             for group in optimizer.param_groups:
@@ -301,9 +319,12 @@ class _Run:
                     f"last good checkpoint: {last or 'none yet'}; pictures of the batch: {', '.join(self.keys)}"
                 )
 
+    def _is_logged(self, position: int) -> bool:
+        return position % self.settings.log_every == 0 or position in (1, self.settings.steps)
+
     def _record(self, row: dict[str, float]) -> None:
         s = self.settings
-        if self.position % s.log_every == 0 or self.position in (1, s.steps):
+        if self._is_logged(self.position):
             rate = self.position * s.batch_size / self.seconds
             self.log.row({"step": self.position, **row, "images_per_s": rate, "seconds": self.seconds})
         if self.show is not None and (self.position % s.sample_every == 0 or self.position == s.steps):
@@ -327,22 +348,23 @@ class _Run:
         state = {
             "position": self.position,
             "seconds": self.seconds,
-            "step": self.step.state_dict(),
+            "step": {name: child.state_dict() for name, child in self.step.trained().items()},
             "ema": None if self.ema is None else self.ema.state_dict(),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all(),
             "skips": {"num_read": self.skips.num_read, "num_skipped": self.skips.num_skipped},
         }
-        tokenizer = cast(Tokenizer, self.averaged)
-        return save_checkpoint(self.folder, self.position, tokenizer, state, keep=self.settings.keep_checkpoints)
+        model = cast(Model, self.averaged)
+        return save_checkpoint(self.folder, self.position, model, state, keep=self.settings.keep_checkpoints)
 
     def _resume(self) -> None:
         checkpoint = latest_checkpoint(self.folder)
         if checkpoint is None:
             return
         state = load_state(checkpoint)
-        self.step.load_state_dict(state["step"])
+        for name, child in self.step.trained().items():
+            child.load_state_dict(state["step"][name])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         for name, optimizer in self.optimizers.items():
@@ -355,6 +377,17 @@ class _Run:
         self.position = state["position"]
         self.seconds = state["seconds"]
         logger.info("continuing from %s", checkpoint)
+
+
+def _gradient_norms(out: StepOutput) -> dict[str, Tensor]:
+    """The norm of each term's gradient at the point where they meet."""
+    if out.meeting_point is None:
+        return {}
+    return {
+        f"grad_norm/{name}": torch.autograd.grad(term, out.meeting_point, retain_graph=True)[0].norm()
+        for name, term in out.terms.items()
+        if term.requires_grad  # an adversary that has not started says nothing
+    }
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:

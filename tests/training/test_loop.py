@@ -53,13 +53,17 @@ def test_learning_rate_by_hand() -> None:
     linear = loop(steps=110, lr=0.2, warmup_steps=10, final_lr=0.1, decay="linear")
     assert linear.learning_rate(35) == pytest.approx(0.02 + 0.18 * 0.75)
     assert loop(lr=0.2, warmup_steps=0, decay="constant").learning_rate(2) == 0.2
+    held = loop(steps=110, lr=0.2, warmup_steps=10, hold=0.5, final_lr=0.1, decay="linear")
+    assert [held.learning_rate(step) for step in (10, 60, 85, 110)] == pytest.approx([0.2, 0.2, 0.11, 0.02])
+    dropped = loop(lr=0.2, warmup_steps=0, decay="constant", milestones=[3, 5])
+    assert [dropped.learning_rate(step) for step in (2, 3, 5)] == pytest.approx([0.2, 0.02, 0.002])
 
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path: Path) -> None:
     gradients = []
     for accumulate in (1, 4):
         step = TokenizerStep(tiny_tokenizer(seed=3))
-        loop(steps=1, accumulate=accumulate, clip_norm=None).run(step, Noise(), tmp_path / str(accumulate), device=CPU)
+        loop(steps=1, accumulate=accumulate, clip_norm=math.inf).run(step, Noise(), tmp_path / str(accumulate), device=CPU)
         gradients.append(torch.cat([p.grad.flatten() for p in step.parameters() if p.grad is not None]))
     assert len(gradients[0]) == sum(p.numel() for p in tiny_tokenizer().parameters())
     assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm()
@@ -91,7 +95,7 @@ class Duel(Step):
 
 def test_each_loss_trains_its_own_parameters_only(tmp_path: Path) -> None:
     step = Duel()
-    loop(steps=1, optimizer="adam", lr=0.5, warmup_steps=0, clip_norm=None).run(step, Noise(), tmp_path, device=CPU)
+    loop(steps=1, optimizer="adam", lr=0.5, warmup_steps=0, clip_norm=math.inf).run(step, Noise(), tmp_path, device=CPU)
     # Adam's first step is lr * sign(gradient): loss a pulls a down (b > 0), loss b pushes b up (a > 0).
     assert step.a.item() == pytest.approx(1.5)
     assert step.b.item() == pytest.approx(3.5)
@@ -148,6 +152,7 @@ def test_codebooks_and_biases_are_not_decayed(tmp_path: Path) -> None:
         ({"betas": (0.9,)}, "betas must be two numbers"),
         ({"ema_decay": 1.0}, "ema_decay must lie in"),
         ({"clip_norm": 0.0}, "clip_norm must be positive"),
+        ({"hold": 1.5}, "hold must lie in"),
     ],
 )
 def test_settings_out_of_range(settings: dict[str, object], message: str) -> None:
