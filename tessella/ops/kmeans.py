@@ -43,7 +43,7 @@ def _lloyd(x: Tensor, centres: Tensor, num_iterations: int) -> Tensor:
         if len(empty):
             distance = (x - centres[assigned]).square().sum(-1)
             means[empty] = x[distance.topk(len(empty)).indices]
-        centres, before = means, None if len(empty) else assigned
+        centres, before = means, assigned
     return centres
 
 

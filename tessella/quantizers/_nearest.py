@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from tessella.distributed import broadcast, gather_rows
-from tessella.ops import nearest
+from tessella.ops import kmeans, nearest
 from tessella.quantizers._estimators import ESTIMATORS, Estimator
-from tessella.quantizers._kmeans import kmeans
 from tessella.quantizers.base import Quantized, Quantizer, check_choice, check_weights, mean_squared
 
 CodebookInit = Literal["random", "kmeans"]

@@ -10,7 +10,6 @@ from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to as referen
 
 from tessella.quantizers import VQ, Quantizer
 from tessella.quantizers._estimators import rotate_to
-from tessella.quantizers._kmeans import kmeans
 
 
 def with_codes(quantizer: VQ, codes: list[list[float]], dtype: torch.dtype = torch.float32) -> VQ:
@@ -169,27 +168,6 @@ def clusters(count: int, per_cluster: int, *, seed: int = 0) -> tuple[Tensor, Te
     means = 10 * torch.randn(count, 3, generator=rng)
     points = means.repeat_interleave(per_cluster, 0) + 0.01 * torch.randn(count * per_cluster, 3, generator=rng)
     return means, points[torch.randperm(len(points), generator=rng)]
-
-
-def test_kmeans_finds_separated_clusters() -> None:
-    means, points = clusters(10, 30)
-    centres = kmeans(points, 10, num_iterations=5, rng=torch.Generator().manual_seed(0))
-    nearest = torch.cdist(means, centres).min(-1)
-    assert nearest.values.max() < 0.05
-    assert len(nearest.indices.unique()) == 10
-
-
-def test_kmeans_centres_are_means_of_their_cells() -> None:
-    _, points = clusters(7, 20, seed=1)
-    centres = kmeans(points, 4, num_iterations=50, rng=torch.Generator().manual_seed(0))
-    cells = torch.cdist(points, centres).argmin(-1)
-    for k in range(4):
-        torch.testing.assert_close(points[cells == k].mean(0), centres[k])
-
-
-def test_kmeans_of_duplicates_is_finite() -> None:
-    centres = kmeans(torch.ones(6, 2), 4, num_iterations=3, rng=torch.Generator())
-    assert torch.equal(centres, torch.ones(4, 2))
 
 
 class TestKMeansInit:
