@@ -14,16 +14,18 @@ PACKAGE = Path(tessella.__file__).parent
 # Every module or folder may import those of lower rank, and its own folder.
 RANKS = {
     "config": 0, "distributed": 0, "extras": 0, "ops": 0,
-    "quantizers": 1, "autoencoders": 1,
-    "tokenizer": 2,
-    "checkpoint": 3,
-    "data": 4, "losses": 4,
-    "evaluation": 5,
-    "report": 6, "training": 6,
-    "pipeline": 7,
-    "study": 8,
-    "cli": 9,
-    "__main__": 10, "__init__": 10,
+    "quantizers": 1, "autoencoders": 1, "transformer": 1,
+    "tokenizer": 2, "conditioners": 2,
+    "generators": 3,
+    "checkpoint": 4,
+    "data": 5, "losses": 5,
+    "evaluation": 6,
+    "report": 7, "training": 7,
+    "generate": 8,
+    "pipeline": 9,
+    "study": 10,
+    "cli": 11,
+    "__main__": 12, "__init__": 12,
 }  # fmt: skip
 
 # Why a module may look up, once each.

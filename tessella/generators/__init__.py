@@ -1,0 +1,1 @@
+"""Generators: next-token, masked, coarse-to-fine."""

@@ -1,0 +1,210 @@
+"""Autoregressive generation: one token, or one step of several codebooks, after another (LlamaGen, IBQ, MusicGen)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tessella.conditioners.base import Conditioner
+from tessella.config import build
+from tessella.generators.base import Generator, Guidance, Loss
+from tessella.generators.orders import delay, flattened
+from tessella.generators.sampling import check_guidance, check_settings, choose, guided, inference, uniforms
+from tessella.tokenizer import TokenSpace
+from tessella.transformer import Rotary, Transformer
+
+_ORDERS = {"flattened": flattened, "delay": delay}
+
+
+class AR(Generator):
+    r"""A causal transformer over the condition's vectors and then the tokens in raster order.
+
+    .. math:: L = -\frac{1}{N} \sum_n ln \, p(k_n | k_{<n}, c)
+
+    The class-conditional model of LlamaGen (arXiv 2406.06525) with a label, one codebook and ``grid_zero_prefix``; that
+    of IBQ (arXiv 2412.02692) with ``adaln`` too. Each of several codebooks has rows of its own in the embedding and the
+    head; the vectors of tokens that are generated together are summed.
+
+    Args:
+        space: the tokens.
+        conditioner: the section of a conditioner; its vectors start the sequence.
+        dim: width.
+        num_layers: blocks.
+        num_heads: of attention.
+        hidden: inner width of the feed-forward layers; None is the transformer's own.
+        adaln: modulate the norms by the (mean) condition vector.
+        gate_init: see :class:`Transformer`, with ``adaln``.
+        order: of several codebooks, see :mod:`tessella.generators.orders`.
+        rotary: positions as one sequence; or on the latent grid after a prefix without positions, or after one whose
+            queries and keys are zero.
+        dropout: after each attention and feed-forward layer.
+        token_dropout: on the input vectors.
+        attention_dropout: on attention weights.
+        checkpoint_activations: trade time for memory in training.
+    """
+
+    def __init__(
+        self,
+        space: TokenSpace,
+        *,
+        conditioner: dict[str, Any],
+        dim: int,
+        num_layers: int,
+        num_heads: int,
+        hidden: int | None = None,
+        adaln: bool = False,
+        gate_init: float = 1e-3,
+        order: Literal["flattened", "delay"] = "flattened",
+        rotary: Literal["sequence", "grid", "grid_zero_prefix"] = "grid",
+        dropout: float = 0.1,
+        token_dropout: float = 0.1,
+        attention_dropout: float = 0.0,
+        checkpoint_activations: bool = False,
+    ) -> None:
+        super().__init__(space)
+        self.adaln = adaln
+        self.conditioner: Conditioner = build("conditioners", conditioner, dim=dim)
+        num_positions, num_tokens = math.prod(space.grid), space.num_codebooks * space.codebook_size
+        self.order = _ORDERS[order](num_positions, space.num_codebooks)
+        # Where a step has no token for a codebook, one more row says so.
+        self.embedding = nn.Embedding(num_tokens + self.order.has_empty, dim)
+        self.token_dropout = nn.Dropout(token_dropout)
+        self.transformer = Transformer(
+            dim, num_layers, num_heads, hidden=hidden, rotary=self._rotary(rotary), adaln=adaln, gate_init=gate_init,
+            dropout=dropout, attention_dropout=attention_dropout, checkpoint_activations=checkpoint_activations,
+        )  # fmt: skip
+        self.head = nn.Linear(dim, num_tokens, bias=False)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        # Zero: the first loss is ln V exactly.
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, indices: Tensor, condition: Tensor | None) -> Loss:
+        """See :meth:`Generator.forward`."""
+        cross_entropy = self._cross_entropy(indices, condition)
+        loss = cross_entropy.mean()
+        bits = cross_entropy.detach().mean((0, 1)) / math.log(2)
+        metrics = {"bits_per_token": bits.mean()}
+        if len(bits) > 1:
+            metrics |= {f"bits_per_token_{k}": one for k, one in enumerate(bits)}
+        return Loss(loss, metrics)
+
+    @inference
+    def bits(self, indices: Tensor, condition: Tensor | None) -> Tensor:
+        """See :meth:`Generator.bits`."""
+        bits: Tensor = self._cross_entropy(indices, condition).double().sum((1, 2)) / math.log(2)
+        return bits
+
+    def logits(self, indices: Tensor, condition: Tensor | None) -> Tensor:
+        """``[B, T, K, V]`` (float32) for every token of ``indices [B, *S, K]``, given those generated before it.
+
+        Raises:
+            ValueError: indices of another shape or range.
+        """
+        self.check_indices(indices)
+        steps = self.order.to_steps(indices.flatten(1, -2))
+        prefix = self.conditioner(condition, len(indices))
+        x = self.token_dropout(torch.cat([prefix, self._embed(steps[:, :-1], 0)], 1))
+        hidden = self.transformer(x, condition=self._modulator(prefix))[:, prefix.shape[1] - 1 :]
+        return self._logits(hidden).float()
+
+    @inference
+    def sample(
+        self,
+        condition: Tensor | None,
+        *,
+        rng: Sequence[torch.Generator],
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance: Guidance = 1.0,
+    ) -> Tensor:
+        """See :meth:`Generator.sample`; progress is the share of steps done.
+
+        With guidance the batch is doubled: both halves see the tokens that were drawn from the guided logits. The
+        second half ends where no later step is guided.
+        """
+        check_settings(self.space.codebook_size, temperature=temperature, top_k=top_k, top_p=top_p)
+        scales = self._scales(guidance)
+        guides = condition is not None  # without a condition both halves were the same
+        num_guided = max((step + 1 for step, scale in enumerate(scales) if guides and scale != 1), default=0)
+        x = self.conditioner(condition, len(rng))
+        if num_guided:
+            x = torch.cat([x, self.conditioner.null(len(rng))])
+        modulator = self._modulator(x)
+        cache = self.transformer.new_cache(x.shape[1] + self.order.num_steps - 1, static=x.is_cuda)
+        uniform = uniforms(rng, self.order.num_steps, self.order.width, device=x.device)
+        steps = torch.empty(uniform.shape, dtype=torch.int64, device=x.device)
+        for step, scale in enumerate(scales):
+            hidden = self.transformer(x, condition=modulator, cache=cache)[:, -1]
+            logits = self._step_logits(hidden, step)
+            if step < num_guided:
+                own, null = logits.chunk(2)
+                logits = own if scale == 1 else guided(own, null, scale)
+            tokens = choose(logits, uniform[:, step], temperature=temperature, top_k=top_k, top_p=top_p)
+            steps[:, step] = tokens.masked_fill(self.order.slots[step] < 0, -1)
+            x = self._embed(steps[:, step : step + 1], step)
+            if step + 1 < num_guided:
+                x = torch.cat([x, x])
+            elif step + 1 == num_guided:
+                cache.keep(len(rng))
+                modulator = None if modulator is None else modulator[: len(rng)]
+        return self.order.from_steps(steps).view(-1, *self.space.grid, self.space.num_codebooks)
+
+    def _rotary(self, kind: str) -> Rotary:
+        prefix, num_steps = self.conditioner.length, self.order.num_steps
+        if kind == "sequence":
+            return Rotary((prefix + num_steps,))
+        # Flattened, K steps share a place of the grid; delayed, the sequence is K - 1 steps longer than the grid.
+        repeat = self.space.num_codebooks if self.order.width == 1 else 1
+        overhang = num_steps - repeat * math.prod(self.space.grid)
+        return Rotary(
+            self.space.grid, prefix=prefix, prefix_zero=kind == "grid_zero_prefix", repeat=repeat, overhang=overhang
+        )
+
+    def _scales(self, guidance: Guidance) -> list[float]:
+        num_steps = self.order.num_steps
+        scales = [guidance(step / num_steps) if callable(guidance) else guidance for step in range(num_steps)]
+        for scale in scales:
+            check_guidance(scale)
+        return scales
+
+    def _modulator(self, prefix: Tensor) -> Tensor | None:
+        return prefix.mean(1) if self.adaln else None
+
+    def _embed(self, steps: Tensor, first: int) -> Tensor:
+        """``[B, L, dim]`` of ``steps [B, L, W]`` that begin with step ``first``."""
+        codebooks = self.order.codebooks[first : first + steps.shape[1]]
+        rows = steps + codebooks * self.space.codebook_size
+        if self.order.has_empty:
+            rows = torch.where(steps < 0, self.embedding.num_embeddings - 1, rows)
+        return self.embedding(rows).sum(-2)  # type: ignore[no-any-return]
+
+    def _cross_entropy(self, indices: Tensor, condition: Tensor | None) -> Tensor:
+        """``[B, T, K]`` in nats."""
+        logits, target = self.logits(indices, condition), indices.flatten(1, -2)
+        each: Tensor = functional.cross_entropy(logits.flatten(0, 2), target.flatten(), reduction="none")
+        return each.view_as(target)
+
+    def _heads(self) -> Tensor:
+        """``[K, V, dim]``."""
+        return self.head.weight.view(self.space.num_codebooks, self.space.codebook_size, -1)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """``[B, T, K, V]`` of ``hidden [B, S, dim]``."""
+        num_codebooks = self.space.num_codebooks
+        if self.order.width == num_codebooks:
+            return self.order.from_steps(self.head(hidden).unflatten(-1, (num_codebooks, -1)))
+        # One token a step: step t K + k is of codebook k.
+        return torch.einsum("btkd,kvd->btkv", hidden.unflatten(1, (-1, num_codebooks)), self._heads())
+
+    def _step_logits(self, hidden: Tensor, step: int) -> Tensor:
+        """``[B, W, V]`` of ``hidden [B, dim]``."""
+        num_codebooks = self.space.num_codebooks
+        if self.order.width == num_codebooks:
+            return self.head(hidden).unflatten(-1, (num_codebooks, -1))  # type: ignore[no-any-return]
+        return functional.linear(hidden, self._heads()[step % num_codebooks])[:, None]

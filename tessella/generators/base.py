@@ -1,0 +1,109 @@
+"""The protocol of generators: token indices to a loss, and back by sampling."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from tessella.config import Configurable, Spec
+from tessella.tokenizer import TokenSpace
+
+# Guidance scale s in l_null + s (l_cond - l_null): constant, or a function of the progress of sampling in [0, 1).
+Guidance = float | Callable[[float], float]
+
+
+@dataclass
+class Loss:
+    """A scalar to minimise and detached scalars for the log."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Generator(Configurable, nn.Module, ABC):
+    """A distribution over the tokens of a :class:`TokenSpace`, under a condition; it never sees a picture.
+
+    Args:
+        space: the tokens, with the fingerprint of the tokenizer that made them.
+    """
+
+    recipe: Spec | None = None  # the whole recipe of the training run, if there was one; saving keeps it
+
+    def __init__(self, space: TokenSpace) -> None:
+        super().__init__()
+        self.space = space
+
+    @abstractmethod
+    def forward(self, indices: Tensor, condition: Tensor | None) -> Loss:
+        """The training loss of ``indices [B, *S, K]``.
+
+        Args:
+            indices: int64 in ``[0, V)``.
+            condition: what the conditioner takes, one for each sample (labels ``[B]``); None without a condition.
+
+        Raises:
+            ValueError: indices of another shape or range.
+        """
+
+    @abstractmethod
+    def sample(
+        self,
+        condition: Tensor | None,
+        *,
+        rng: Sequence[torch.Generator],
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance: Guidance = 1.0,
+    ) -> Tensor:
+        """Draw indices ``[B, *S, K]``, B being ``len(rng)``; in eval mode and without gradients, whatever the mode is.
+
+        Args:
+            condition: see :meth:`forward`.
+            rng: one generator (on the CPU) for each sample, so that a sample does not depend on its batch; see
+                :func:`tessella.generators.sampling.generators`.
+            temperature: divides the logits; 0 takes the likeliest token.
+            top_k: keep the k likeliest tokens.
+            top_p: keep the likeliest tokens that together have this probability.
+            guidance: s of classifier-free guidance; 1 is none.
+
+        Raises:
+            ValueError: a setting or a condition out of range.
+        """
+
+    def fit_codebook(self, codebook: Tensor, *, seed: int) -> None:
+        """Prepare for the codes ``[V, D]`` of the tokenizer, before the first training step."""
+
+    def bits(self, indices: Tensor, condition: Tensor | None) -> Tensor:
+        """Bits ``[B]`` (float64) that an entropy coder driven by this generator needs for ``indices [B, *S, K]``.
+
+        In eval mode and without gradients, whatever the mode is; arguments and errors are those of :meth:`forward`.
+
+        Raises:
+            NotImplementedError: this generator gives no probabilities that a decoder could follow.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no code length")
+
+    def check_indices(self, indices: Tensor) -> None:
+        """Refuse indices that are not of this generator's token space.
+
+        Raises:
+            ValueError: another shape or range.
+        """
+        expected = (*self.space.grid, self.space.num_codebooks)
+        if tuple(indices.shape[1:]) != expected:
+            raise ValueError(f"indices must be [B, {', '.join(map(str, expected))}], got {list(indices.shape)}")
+        if indices.is_floating_point():
+            raise ValueError(f"indices must be integers, got {indices.dtype}")
+        if torch.compiler.is_compiling():  # a compiled graph cannot branch on values
+            return
+        low, high = indices.aminmax()
+        if low < 0 or high >= self.space.codebook_size:
+            raise ValueError(
+                f"indices must lie in [0, {self.space.codebook_size}), got {low.item()} .. {high.item()}; "
+                "were they made by another tokenizer?"
+            )
