@@ -1,7 +1,8 @@
 """The only reader and writer of model files: strict, atomic, versioned, and nothing read can execute code.
 
 A model is a folder with ``model.safetensors`` (weights) and ``recipe.toml`` (how to build what they fit). A training
-checkpoint is such a folder with ``state.pt`` beside them: all that continuing needs.
+checkpoint is such a folder with ``state.pt`` beside them: all that continuing needs. A generator's folder, or that of
+its run, also holds the tokenizer whose tokens it makes, in ``tokenizer/``.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import shutil
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tessella.config import ConfigError, Spec, build_section, spec_of, to_toml
+from tessella.generators.base import Generator
 from tessella.tokenizer import Tokenizer
 
 WEIGHTS = "model.safetensors"
 RECIPE = "recipe.toml"
 STATE = "state.pt"
+TOKENIZER = "tokenizer"
 FORMAT_VERSION = 1
+
+Model = Tokenizer | Generator
 
 
 class CheckpointError(RuntimeError):
@@ -48,16 +54,64 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Tokenizer:
     """
     folder = model_folder(Path(path))
     recipe = load_recipe(folder)
+    if "generator" in recipe:
+        raise CheckpointError(f"{folder} holds a generator; its tokenizer is {tokenizer_folder(folder)}")
     try:
         autoencoder = build_section(recipe, "autoencoder")
         quantizer = build_section(recipe, "quantizer")
         tokenizer: Tokenizer = build_section(recipe, "tokenizer", autoencoder=autoencoder, quantizer=quantizer)
     except (ConfigError, KeyError) as error:
         raise CheckpointError(f"{folder / RECIPE}: {error}") from error
-    _check_version(folder / WEIGHTS)
-    load_weights(tokenizer, folder / WEIGHTS)
-    tokenizer.recipe = recipe
+    _load_into(tokenizer, folder, recipe)
     return tokenizer.to(device).eval()
+
+
+def load_generator(path: str | Path, *, device: str | torch.device = "cpu") -> tuple[Generator, Tokenizer]:
+    """The generator in ``path`` and the tokenizer of its tokens, in eval mode.
+
+    Args:
+        path: a folder written by :func:`save_generator`, a training checkpoint, or a training run (its newest
+            complete checkpoint is taken).
+        device: where to put both.
+
+    Raises:
+        CheckpointError: no generator there, a damaged file, weights that do not fit the recipe, or a tokenizer beside
+            it that did not make its tokens.
+    """
+    folder = model_folder(Path(path))
+    recipe = load_recipe(folder)
+    if "generator" not in recipe:
+        raise CheckpointError(f"{folder} holds a tokenizer, not a generator")
+    tokenizer = load(tokenizer_folder(folder), device=device)
+    try:
+        generator: Generator = build_section(recipe, "generator", space=build_section(recipe, "space"))
+    except (ConfigError, KeyError) as error:
+        raise CheckpointError(f"{folder / RECIPE}: {error}") from error
+    if generator.space.fingerprint != fingerprint(tokenizer):
+        raise CheckpointError(
+            f"{folder} generates tokens of tokenizer {generator.space.fingerprint}, but "
+            f"{tokenizer_folder(folder)} is {fingerprint(tokenizer)}"
+        )
+    _load_into(generator, folder, recipe)
+    return generator.to(device).eval(), tokenizer
+
+
+def _load_into(model: Model, folder: Path, recipe: Spec) -> None:
+    _check_version(folder / WEIGHTS)
+    load_weights(model, folder / WEIGHTS)
+    model.recipe = recipe
+
+
+def tokenizer_folder(folder: Path) -> Path:
+    """Where the tokenizer of the generator in ``folder`` is: there, or in the run whose checkpoint it is.
+
+    Raises:
+        CheckpointError: in neither.
+    """
+    for place in (folder / TOKENIZER, folder.parent.parent / TOKENIZER):
+        if (place / WEIGHTS).is_file():
+            return place
+    raise CheckpointError(f"no tokenizer beside the generator: expected {folder / TOKENIZER}")
 
 
 def model_folder(path: Path) -> Path:
@@ -70,36 +124,54 @@ def model_folder(path: Path) -> Path:
     return newest
 
 
-def save_model(tokenizer: Tokenizer, path: Path) -> None:
-    """Write ``tokenizer`` into the folder ``path``, which appears complete or not at all."""
+def save_model(model: Model, path: Path) -> None:
+    """Write ``model`` into the folder ``path``, which appears complete or not at all."""
     with atomic_folder(path) as folder:
-        write_model(tokenizer, folder)
+        write_model(model, folder)
 
 
-def write_model(tokenizer: Tokenizer, folder: Path) -> None:
+def save_generator(generator: Generator, tokenizer: Tokenizer, path: str | Path) -> None:
+    """Write a generator and its tokenizer into the folder ``path``; :func:`load_generator` reads them back.
+
+    Raises:
+        ValueError: the generator is for the tokens of another tokenizer.
+    """
+    if generator.space.fingerprint != fingerprint(tokenizer):
+        raise ValueError(
+            f"the generator is for tokens of tokenizer {generator.space.fingerprint}, not of {fingerprint(tokenizer)}"
+        )
+    with atomic_folder(Path(path)) as folder:
+        write_model(generator, folder)
+        (folder / TOKENIZER).mkdir()
+        write_model(tokenizer, folder / TOKENIZER)
+
+
+def write_model(model: Model, folder: Path) -> None:
     """Weights and recipe into an existing folder."""
-    recipe = {**(tokenizer.recipe or {}), **tokenizer_spec(tokenizer)}
+    recipe = {**(model.recipe or {}), **model_spec(model)}
     # A tensor under two names would be refused by safetensors; clone what is shared.
-    state = {name: value.detach().cpu().contiguous() for name, value in tokenizer.state_dict().items()}
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     # One metadata key: with several, their order, and so the file's bytes, would differ from save to save.
-    about = {"version": FORMAT_VERSION, "fingerprint": fingerprint(tokenizer)}
+    about = {"version": FORMAT_VERSION, "fingerprint": fingerprint(model)}
     save_file(state, folder / WEIGHTS, {"tessella": json.dumps(about)})
     (folder / RECIPE).write_text(to_toml(recipe), encoding="utf-8")
 
 
-def tokenizer_spec(tokenizer: Tokenizer) -> Spec:
-    """The recipe sections that build ``tokenizer``."""
+def model_spec(model: Model) -> Spec:
+    """The recipe sections that build ``model``."""
+    if isinstance(model, Generator):
+        return {"generator": spec_of(model, leave_out=frozenset({"space"})), "space": asdict(model.space)}
     return {
-        "autoencoder": spec_of(tokenizer.autoencoder),
-        "quantizer": spec_of(tokenizer.quantizer),
-        "tokenizer": spec_of(tokenizer, leave_out=frozenset({"autoencoder", "quantizer"})),
+        "autoencoder": spec_of(model.autoencoder),
+        "quantizer": spec_of(model.quantizer),
+        "tokenizer": spec_of(model, leave_out=frozenset({"autoencoder", "quantizer"})),
     }
 
 
-def fingerprint(tokenizer: Tokenizer) -> str:
-    """Sixteen hexadecimal digits that change whenever a weight or a setting of the tokenizer does."""
-    digest = hashlib.sha256(json.dumps(tokenizer_spec(tokenizer), sort_keys=True).encode())
-    for name, value in sorted(tokenizer.state_dict().items()):
+def fingerprint(model: Model) -> str:
+    """Sixteen hexadecimal digits that change whenever a weight or a setting of the model does."""
+    digest = hashlib.sha256(json.dumps(model_spec(model), sort_keys=True).encode())
+    for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
@@ -158,7 +230,7 @@ def load_recipe(folder: Path) -> Spec:
 # --- training checkpoints -------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(run: Path, step: int, tokenizer: Tokenizer, state: dict[str, Any], *, keep: int) -> Path:
+def save_checkpoint(run: Path, step: int, model: Model, state: dict[str, Any], *, keep: int) -> Path:
     """Write ``run/checkpoints/step-########`` (model and training state) and delete all but the newest ``keep``.
 
     Raises:
@@ -166,7 +238,7 @@ def save_checkpoint(run: Path, step: int, tokenizer: Tokenizer, state: dict[str,
     """
     target = run / "checkpoints" / f"step-{step:08d}"
     with atomic_folder(target) as folder:
-        write_model(tokenizer, folder)
+        write_model(model, folder)
         torch.save(state, folder / STATE)
     for old in _checkpoints(run)[:-keep]:
         shutil.rmtree(old)
@@ -215,7 +287,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         yield temporary
-        for file in temporary.iterdir():
+        for file in temporary.rglob("*"):
             _flush(file)
         if target.exists():
             replaced = target.with_name(f".{target.name}.{os.getpid()}.old")

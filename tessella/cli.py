@@ -16,14 +16,15 @@ from rich.table import Table
 
 from tessella import pipeline
 from tessella.checkpoint import CheckpointError
-from tessella.config import NAMED_SECTIONS, ConfigError, find, names, recipe_names, recipe_summary
+from tessella.config import FAMILIES, ConfigError, find, names, recipe_names, recipe_summary
 from tessella.data.base import DataError
+from tessella.generate import GRID, SampleSettings
 from tessella.study import METHODS
 from tessella.study import collapse as run_collapse
 from tessella.training.loop import Interrupted, TrainingError
 
 app = typer.Typer(
-    help="Train discrete tokenizers on pictures, turn pictures into tokens and back, measure, and look.",
+    help="Train discrete tokenizers on pictures, turn pictures into tokens and back, generate, measure, and look.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -42,6 +43,11 @@ Split = Annotated[Literal["train", "test"], typer.Option(help="Which part of the
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: a GPU where there is one.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use only the first so many pictures.")]
 Whole = Annotated[bool, typer.Option("--whole", help="Whole pictures at their own size instead of crops.")]
+Temperature = Annotated[float, typer.Option(help="Divides the logits; 0 takes the likeliest token.")]
+TopK = Annotated[int | None, typer.Option(help="Keep only the k likeliest tokens.")]
+TopP = Annotated[float | None, typer.Option(help="Keep only the likeliest tokens of this total probability.")]
+GuidanceScale = Annotated[float, typer.Option("--guidance", help="Classifier-free guidance; 1 is none.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of everything random.")]
 Weights = Annotated[Path | None, typer.Option(help="Folder with LPIPS weights; without it LPIPS is left out.")]
 
 
@@ -53,10 +59,19 @@ def train(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override the recipe; repeatable.")
     ] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="The tokenizer whose tokens a generator learns.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Folder with LPIPS weights, for perceptual losses.")] = None,
+    init: Annotated[Path | None, typer.Option(help="A run or model whose weights to start from.")] = None,
+    overfit_batch: Annotated[
+        bool, typer.Option("--overfit-batch", help="Learn one batch by heart: a first check of a recipe.")
+    ] = False,
     device: Device = None,
 ) -> None:
     """Train what a recipe describes. The same command continues an interrupted run where it was."""
-    folder = pipeline.train(recipe, data=data, out=out, overrides=set_ or [], device=device)
+    folder = pipeline.train(
+        recipe, data=data, tokenizer=tokenizer, weights=weights, init=init, out=out, overrides=set_ or [],
+        overfit_batch=overfit_batch, device=device,
+    )  # fmt: skip
     console.print(f"trained: [bold]{folder}[/bold]; next: tessella evaluate {folder}, tessella report {folder}")
 
 
@@ -68,11 +83,20 @@ def tokenize(
     split: Split = "test",
     limit: Limit = None,
     whole: Whole = False,
+    variants: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Random training crops of each picture instead of its centre: rows that a generator chooses among.",
+        ),
+    ] = 0,
     device: Device = None,
 ) -> None:
     """Turn pictures into Parquet token shards."""
-    count = pipeline.tokenize(model, out, data=data, split=split, limit=limit, whole=whole, device=device)
-    console.print(f"wrote the tokens of {count} pictures to [bold]{out}[/bold]")
+    count = pipeline.tokenize(
+        model, out, data=data, split=split, limit=limit, whole=whole, variants=variants, device=device
+    )
+    console.print(f"wrote the tokens of {count // (variants or 1)} pictures to [bold]{out}[/bold]")
 
 
 @app.command()
@@ -99,15 +123,74 @@ def evaluate(
         Literal["uint8", "float"], typer.Option(help="Measure on pictures rounded to 8 bits, or on floats.")
     ] = "uint8",
     weights: Weights = None,
-    out: Annotated[Path | None, typer.Option(help="JSON file; default: evaluation.json in the model's folder.")] = None,
+    protocol: Annotated[
+        Literal["adm", "pytorch-fid", "ibq", "torchvision", "efflite0"] | None,
+        typer.Option(help="Also the Frechet distance and score of this protocol; for a generator its samples'."),
+    ] = None,
+    features: Annotated[
+        Path | None, typer.Option(help="Weights of the protocol's network; default for efflite0: in --weights.")
+    ] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="A published reference .npz (mu, sigma) instead of the originals.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=2, help="Samples of a generator to judge.")] = 1000,
+    temperature: Temperature = 1.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    guidance: GuidanceScale = 1.0,
+    seed: Seed = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder for the records; default: the model's folder.")] = None,
     device: Device = None,
 ) -> None:
-    """Measure reconstructions: PSNR, SSIM, LPIPS, errors, codebook usage, speed; with the protocol beside them."""
+    """Measure reconstructions (PSNR, SSIM, LPIPS, usage, speed, rFID) or samples, with the protocol beside the numbers."""
+    if pipeline.is_generator(model):
+        settings = SampleSettings(seed, temperature, top_k, top_p, guidance)
+        record, file = pipeline.evaluate_samples(
+            model, protocol=protocol or "efflite0", features=features or weights, data=data, split=split,
+            count=samples, settings=settings, out=out, device=device,
+        )  # fmt: skip
+        record.print(console)
+        console.print(f"written to [bold]{file}[/bold]; nearest training pictures: {file.with_suffix('.png')}")
+        return
     result, file = pipeline.evaluate(
-        model, data=data, split=split, limit=limit, whole=whole, pixels=pixels, weights=weights, out=out, device=device
-    )
+        model, data=data, split=split, limit=limit, whole=whole, pixels=pixels, weights=weights, out=out,
+        device=device,
+    )  # fmt: skip
     result.print(console)
     console.print(f"written to [bold]{file}[/bold]")
+    if protocol is not None:
+        record, file = pipeline.evaluate_distribution_of_reconstructions(
+            model, protocol=protocol, features=features or weights, data=data, split=split, limit=limit, whole=whole,
+            reference=reference, out=out, device=device,
+        )  # fmt: skip
+        record.print(console)
+        console.print(f"written to [bold]{file}[/bold]")
+
+
+@app.command()
+def sample(
+    model: Annotated[Path, typer.Argument(help="The run of a generator, one of its checkpoints, or a saved one.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the PNGs; default: generated in the model's folder.")] = None,
+    classes: Annotated[
+        list[str] | None, typer.Option("--class", help="A class's name or number; repeatable. Default: all in turn.")
+    ] = None,
+    count: Annotated[int, typer.Option("-n", "--count", min=1, help="Pictures of each class, or in all.")] = 16,
+    temperature: Temperature = 1.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    guidance: GuidanceScale = 1.0,
+    seed: Seed = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at a time; changes no picture.")] = 64,
+    device: Device = None,
+) -> None:
+    """Draw pictures from a generator. The same command continues an interrupted one."""
+    out = out or (model if model.is_dir() else model.parent) / "generated"
+    drawn, seconds = pipeline.sample(
+        model, out, classes=classes or (), count=count, batch_size=batch_size, device=device,
+        settings=SampleSettings(seed, temperature, top_k, top_p, guidance),
+    )  # fmt: skip
+    rate = f" at {drawn / seconds:.2f} images/s" if drawn else " (all were there)"
+    console.print(f"drew {drawn} pictures{rate}; look at [bold]{out / GRID}[/bold]")
 
 
 @app.command()
@@ -159,7 +242,7 @@ def _numbers(text: str) -> list[int]:
 @app.command(name="list")
 def list_(
     what: Annotated[
-        Literal["recipes", "quantizers", "autoencoders", "data"] | None, typer.Argument(help="Only these.")
+        Literal["recipes", "quantizers", "autoencoders", "generators", "conditioners", "data"] | None, typer.Argument(help="Only these.")
     ] = None,
 ) -> None:
     """Show the recipes and everything a recipe can name."""
@@ -168,7 +251,7 @@ def list_(
         for name in recipe_names():
             table.add_row(name, recipe_summary(name))
         console.print(table)
-    for family, _ in NAMED_SECTIONS.values():
+    for family in FAMILIES:
         if what in (None, family):
             table = Table("name", "what it is", title=family, title_justify="left")
             for name in names(family):

@@ -13,8 +13,9 @@ from PIL import Image
 
 import tessella
 from tessella import cli, pipeline
-from tessella.data.base import evaluation_batches
+from tessella.data.base import evaluation_batches, random_for
 from tessella.data.folder import Folder
+from tessella.data.token_shards import TokenShards
 from tessella.data.tokens import read_tokens
 from tessella.report.pictures import to_pictures
 
@@ -72,6 +73,41 @@ def test_tokens_turn_back_into_exactly_what_the_tokenizer_decodes(
         assert seen == len(rows) == len(dataset)
 
 
+def test_variants_are_crops_that_a_generator_chooses_among(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.recipe = {"data": {"name": "folder", "path": "pictures", "crop_px": 16, "flip": True}}
+    tokenizer.save(workspace / "model")
+    command = ("tokenize", "model", "--out", "tokens", "--split", "train", "--limit", "5", "--variants", "3")
+    assert run(monkeypatch, *command) == 0
+    shards = TokenShards(split="train", path="tokens")
+    pictures = Folder("pictures", split="train", crop_px=16, flip=True)
+    assert len(shards) == 5
+    for index in range(5):
+        views = [pictures.sample(index, random_for(0, variant, index)) for variant in range(3)]
+        expected = tokenizer.encode(torch.stack([view["x"] for view in views]))
+        assert (shards[index]["key"], shards[index]["label"]) == (views[0]["key"], views[0]["label"])
+        seen = {shards.sample(index, np.random.default_rng(seed))["x"].numpy().tobytes() for seed in range(30)}
+        assert seen == {tokens.numpy().tobytes() for tokens in expected}
+    assert run(monkeypatch, "detokenize", "model", "tokens", "--out", "pngs") == 0
+    rows = list(read_tokens("tokens"))
+    assert len(rows) == 15
+    names = [name for row in rows[::3] for name in (row.key, row.key[:-4] + ".2.png", row.key[:-4] + ".3.png")]
+    assert sorted(names) == sorted(file.relative_to("pngs").as_posix() for file in Path("pngs").rglob("*.png"))
+    for row, name in zip(rows, names, strict=True):
+        (expected_pixels,) = to_pictures(tokenizer.decode(row.indices[None], extent=row.extent))
+        with Image.open(Path("pngs") / name) as written:
+            assert (np.asarray(written) == expected_pixels).all()
+
+
+def test_files_of_like_names_are_numbered() -> None:
+    used: set[Path] = set()
+    for expected in ("a/b.png", "a/b.2.png", "a/b.3.png"):
+        used.add(pipeline._unused(Path("a/b.png"), used))
+        assert Path(expected) in used
+    assert pipeline._unused(Path("a/b.2.png"), used) == Path("a/b.2.2.png")
+    assert pipeline._unused(Path("a/c.jpg.png"), used) == Path("a/c.jpg.png")
+
+
 def test_shards_of_another_tokenizer_are_refused(
     workspace: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -104,6 +140,7 @@ def test_keys_cannot_lead_out_of_the_folder() -> None:
         (("evaluate", "nowhere"), "no model in nowhere"),
         (("evaluate", "model", "--data", "pictures", "--weights", "nowhere"), "nowhere"),
         (("tokenize", "model", "--out", "t"), "was saved without a data set; name one with --data"),
+        (("tokenize", "model", "--out", "t", "--data", "pictures", "--variants", "2"), "they need data.crop_px"),
         (("detokenize", "model", "pictures", "--out", "p"), "holds no tokens"),
     ],
 )

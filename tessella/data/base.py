@@ -39,7 +39,7 @@ class Picture(NamedTuple):
 
 
 class Sample(TypedDict):
-    """A transformed picture: ``x [3, H, W]`` float32 in [-1, 1]."""
+    """A transformed picture: ``x [3, H, W]`` float32 in [-1, 1]; or a picture's tokens: ``x [*S, K]`` int64."""
 
     x: Tensor
     label: int
@@ -47,7 +47,7 @@ class Sample(TypedDict):
 
 
 class Batch(TypedDict):
-    """``x [B, 3, H, W]`` float32 in [-1, 1], ``label [B]`` int64, B keys; (key, reason) of the pictures left out."""
+    """B samples ``x``, ``label [B]`` int64, B keys; (key, reason) of the pictures left out."""
 
     x: Tensor
     label: Tensor
@@ -55,7 +55,36 @@ class Batch(TypedDict):
     skipped: list[tuple[str, str]]
 
 
-class ImageDataset(Dataset[Sample], ABC):
+class Samples(Dataset[Sample], ABC):
+    """Samples by index, as training draws them and as evaluation does."""
+
+    class_names: tuple[str, ...] = ()  # by label; empty where the classes have no names
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """The number of samples."""
+
+    @abstractmethod
+    def sample(self, index: int, rng: np.random.Generator | None = None) -> Sample:
+        """The sample ``index``, varied by ``rng``; always the same without one.
+
+        Raises:
+            UnreadableImage: it cannot be decoded.
+        """
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample ``index`` as evaluation sees it.
+
+        Raises:
+            IndexError: there is no such sample.
+            UnreadableImage: see :meth:`sample`.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} is outside [0, {len(self)})")
+        return self.sample(index)
+
+
+class ImageDataset(Samples, ABC):
     """Pictures by index. Decoding happens where the index is asked for, so in the loader's workers.
 
     For training a picture is resized, cropped at random and perhaps flipped; for evaluation it is resized and cropped
@@ -72,8 +101,6 @@ class ImageDataset(Dataset[Sample], ABC):
         ValueError: an argument out of its range.
     """
 
-    class_names: tuple[str, ...] = ()  # by label; empty where the classes have no names
-
     def __init__(
         self, *, split: Split, crop_px: int | None = None, resize_px: int | None = None, flip: bool = False
     ) -> None:
@@ -88,10 +115,6 @@ class ImageDataset(Dataset[Sample], ABC):
         self.crop_px = crop_px
         self.resize_px = resize_px
         self.flip = flip
-
-    @abstractmethod
-    def __len__(self) -> int:
-        """The number of pictures."""
 
     @abstractmethod
     def read(self, index: int) -> Picture:
@@ -115,17 +138,6 @@ class ImageDataset(Dataset[Sample], ABC):
         if self.flip and rng is not None and rng.random() < 0.5:
             image = ImageOps.mirror(image)
         return Sample(x=to_tensor(image), label=label, key=key)
-
-    def __getitem__(self, index: int) -> Sample:
-        """The picture ``index`` as evaluation sees it.
-
-        Raises:
-            IndexError: there is no such picture.
-            UnreadableImage: see :meth:`sample`.
-        """
-        if not 0 <= index < len(self):
-            raise IndexError(f"index {index} is outside [0, {len(self)})")
-        return self.sample(index)
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -200,7 +212,7 @@ class _View(Dataset["Batch | DataError"], ABC):
 
 @dataclass(frozen=True)
 class _TrainingView(_View):
-    dataset: ImageDataset
+    dataset: Samples
     seed: int
 
     def batch(self, draws: list[_Draw]) -> Batch:
@@ -223,7 +235,7 @@ class _TrainingView(_View):
 
 @dataclass(frozen=True)
 class _EvaluationView(_View):
-    dataset: ImageDataset
+    dataset: Samples
 
     def batch(self, indices: range) -> Batch:
         samples: list[Sample] = []
@@ -237,7 +249,7 @@ class _EvaluationView(_View):
 
 
 def training_batches(
-    dataset: ImageDataset, *, batch_size: int, seed: int, start_batch: int = 0, num_workers: int = 0
+    dataset: Samples, *, batch_size: int, seed: int, start_batch: int = 0, num_workers: int = 0
 ) -> Iterator[Batch]:
     """Batches without end, always full: every epoch in a new order, batches running across the epochs' ends.
 
@@ -264,7 +276,7 @@ def training_batches(
 
 
 def evaluation_batches(
-    dataset: ImageDataset, *, batch_size: int, num_workers: int = 0, limit: int | None = None
+    dataset: Samples, *, batch_size: int, num_workers: int = 0, limit: int | None = None
 ) -> Iterator[Batch]:
     """Every picture once and in order, cropped at its centre.
 

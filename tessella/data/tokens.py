@@ -46,6 +46,8 @@ class TokenRow:
 class TokenWriter:
     """Writes a folder of shards ``tokens-00000.parquet``, ..., and last ``tokens.json``, which names them all.
 
+    Rows that follow each other under one key are variants of one picture: its crops.
+
     Columns: ``key`` string; ``label`` int64; ``extent`` and ``grid`` lists of int32, the grid being S; ``indices``, the
     row-major list of S x K integers in the smallest unsigned type that holds them. The schema's metadata holds the
     format's version, the tokenizer's fingerprint, V and K.
@@ -58,13 +60,16 @@ class TokenWriter:
         folder: made where missing.
         space: the tokenizer's; its grid has no part, since every row has its own.
         shard_rows: rows a file.
+        class_names: what the labels are called; kept in ``tokens.json``.
 
     Raises:
         ImportError: pyarrow is not installed.
         ValueError: ``folder`` is a file, or ``shard_rows`` below 1.
     """
 
-    def __init__(self, folder: str | Path, space: TokenSpace, *, shard_rows: int = 10_000) -> None:
+    def __init__(
+        self, folder: str | Path, space: TokenSpace, *, shard_rows: int = 10_000, class_names: Sequence[str] = ()
+    ) -> None:
         if shard_rows < 1:
             raise ValueError(f"shard_rows must be at least 1, got {shard_rows}")
         self.folder = Path(folder)
@@ -72,6 +77,7 @@ class TokenWriter:
             raise ValueError(f"folder {str(folder)!r} is a file")
         self.space = space
         self.shard_rows = shard_rows
+        self.class_names = list(class_names)
         self._schema = _schema(space)
         self._columns: dict[str, list[Any]] = {name: [] for name in self._schema.names}
         self._shards: list[str] = []
@@ -103,7 +109,7 @@ class TokenWriter:
             "label": label,
             "extent": list(extent),
             "grid": list(indices.shape[:-1]),
-            "indices": tokens.astype(_index_dtype(self.space.codebook_size)),
+            "indices": tokens.astype(index_dtype(self.space.codebook_size)),
         }
         for name, value in row.items():
             self._columns[name].append(value)
@@ -147,7 +153,7 @@ class TokenWriter:
             old.unlink()
         for name in self._shards:
             (self._unfinished / name).replace(self.folder / name)
-        manifest = {"format": _FORMAT, "version": _VERSION, "shards": self._shards}
+        manifest = {"format": _FORMAT, "version": _VERSION, "shards": self._shards, "class_names": self.class_names}
         write_text(self.folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
 
@@ -188,6 +194,12 @@ def read_token_space(path: str | Path) -> TokenSpace:
     return spaces[0]
 
 
+def read_class_names(folder: Path) -> tuple[str, ...]:
+    """What the labels in a folder of shards are called; empty where that is unknown."""
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    return tuple(manifest.get("class_names", ()))
+
+
 def _shards(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
@@ -225,7 +237,7 @@ def _schema(space: TokenSpace) -> Any:
         "label": pa.int64(),
         "extent": pa.list_(pa.int32()),
         "grid": pa.list_(pa.int32()),
-        "indices": pa.list_(pa.from_numpy_dtype(_index_dtype(space.codebook_size))),
+        "indices": pa.list_(pa.from_numpy_dtype(index_dtype(space.codebook_size))),
     }
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()], metadata=metadata)
 
@@ -286,6 +298,6 @@ def _check_range(tokens: np.ndarray[Any, Any], codebook_size: int, where: str) -
         raise DataError(f"{where}: index {wrong} is outside [0, {codebook_size})")
 
 
-def _index_dtype(codebook_size: int) -> np.dtype[Any]:
+def index_dtype(codebook_size: int) -> np.dtype[Any]:
     """The smallest unsigned type that holds [0, V)."""
     return np.min_scalar_type(codebook_size - 1)

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from tessella.data._variants import Variants
 from tessella.data.base import (
     Batch,
     DataError,
@@ -25,6 +26,7 @@ from tessella.data.base import (
     SkipBudget,
     UnreadableImage,
     evaluation_batches,
+    random_for,
     to_tensor,
     training_batches,
 )
@@ -303,6 +305,43 @@ def test_split_is_checked() -> None:
 
     with pytest.raises(ValueError, match="split must be 'train' or 'test', got 'val'"):
         Any()
+
+
+def test_variants_are_what_training_draws() -> None:
+    pictures = Numbered(3, crop_px=3, flip=True)
+    variants = Variants(pictures, 4, seed=7)
+    rows = list(variants)
+    assert len(rows) == len(variants) == 12
+    assert [row["key"] for row in rows] == [key for key in "012" for _ in range(4)]
+    assert [row["label"] for row in rows] == [0] * 4 + [1] * 4 + [2] * 4
+    for epoch in range(4):
+        (drawn,) = take(training_batches(pictures, batch_size=3, seed=7, start_batch=epoch), 1)
+        for x, key in zip(drawn["x"], drawn["key"], strict=True):
+            assert torch.equal(variants[4 * int(key) + epoch]["x"], x)
+    assert len({row["x"].numpy().tobytes() for row in rows}) > 9  # of 12 with 48 views each
+    again, other = Variants(pictures, 4, seed=7), Variants(pictures, 4, seed=8)
+    assert all(torch.equal(a["x"], b["x"]) for a, b in zip(again, rows, strict=True))
+    assert not all(torch.equal(a["x"], b["x"]) for a, b in zip(other, rows, strict=True))
+    varied = variants.sample(5, random_for(1, 2, 3))
+    assert torch.equal(varied["x"], pictures.sample(1, random_for(1, 2, 3))["x"])
+
+
+def test_variants_of_an_unreadable_picture_are_all_skipped() -> None:
+    (batch,) = evaluation_batches(Variants(Numbered(3, broken=(1,)), 2, seed=0), batch_size=6)
+    assert batch["key"] == ["0", "0", "2", "2"]
+    assert [key for key, _ in batch["skipped"]] == ["1", "1"]
+
+
+def test_variants_keep_the_names_of_classes_and_check_numbers() -> None:
+    pictures = Numbered(3)
+    pictures.class_names = ("a", "b", "c")
+    assert Variants(pictures, 2, seed=0).class_names == ("a", "b", "c")
+    with pytest.raises(ValueError, match="num_variants must be at least 1, got 0"):
+        Variants(pictures, 0, seed=0)
+    with pytest.raises(ValueError, match="seed must be at least 0, got -1"):
+        Variants(pictures, 1, seed=-1)
+    with pytest.raises(IndexError, match=r"index 6 is outside \[0, 6\)"):
+        Variants(pictures, 2, seed=0)[6]
 
 
 def batch_of(read: int, skipped: int) -> Batch:

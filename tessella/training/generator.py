@@ -1,0 +1,59 @@
+"""The training step of a generator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tessella.config import find
+from tessella.data.base import Batch
+from tessella.generators.base import Generator
+from tessella.generators.sampling import generators
+from tessella.tokenizer import Tokenizer
+from tessella.training.base import Step, StepOutput
+
+
+class GeneratorStep(Step):
+    """The generator's own loss, on tokens from shards or made of pictures as they come by a frozen tokenizer.
+
+    Args:
+        generator: what is trained.
+        tokenizer: makes the tokens and turns samples into pictures; it is frozen, and no part of the checkpoints.
+    """
+
+    def __init__(self, generator: Generator, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self.model = generator
+        self.tokenizer = tokenizer.requires_grad_(False)
+        conditioner = find("conditioners", generator.arguments["conditioner"]["name"])
+        self._batch_key: str | None = conditioner.batch_key  # type: ignore[attr-defined]
+
+    def train(self, mode: bool = True) -> GeneratorStep:
+        """The tokenizer stays in eval mode: codebooks do not move and codes are not dropped."""
+        super().train(mode)
+        self.tokenizer.eval()
+        return self
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """One optimizer trains all."""
+        return {"generator": [p for p in self.model.parameters() if p.requires_grad]}
+
+    def forward(self, batch: Batch) -> StepOutput:
+        """See the class."""
+        out = self.model(self._indices(batch["x"]), self._condition(batch))
+        return StepOutput({"generator": out.loss}, out.metrics)
+
+    @torch.no_grad()
+    def pictures(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Pictures of the batch and, below them, samples under the same conditions."""
+        assert isinstance(model, Generator)
+        condition = self._condition(batch)
+        sampled = model.sample(condition, rng=generators(range(len(batch["x"]))))
+        shown = [self.tokenizer.decode(indices) for indices in (self._indices(batch["x"]), sampled)]
+        return torch.cat(shown).float().clamp(-1, 1)
+
+    def _condition(self, batch: Batch) -> Tensor | None:
+        return None if self._batch_key is None else batch[self._batch_key]  # type: ignore[literal-required]
+
+    def _indices(self, x: Tensor) -> Tensor:
+        return self.tokenizer.encode(x) if x.is_floating_point() else x

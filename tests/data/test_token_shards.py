@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tessella.data.base import DataError, training_batches
+from tessella.data.token_shards import TokenShards
+from tessella.data.tokens import TokenWriter
+from tessella.tokenizer import TokenSpace
+
+pytest.importorskip("pyarrow")
+
+SPACE = TokenSpace(grid=(), num_codebooks=2, codebook_size=1000, fingerprint="0123456789abcdef")
+
+
+def indices(picture: int, variant: int) -> torch.Tensor:
+    return torch.arange(12).reshape(3, 2, 2) + 100 * picture + 10 * variant
+
+
+def write(folder: Path, *, pictures: int = 5, variants: int = 3) -> Path:
+    with TokenWriter(folder, SPACE, shard_rows=4) as writer:
+        for picture in range(pictures):
+            for variant in range(variants):
+                writer.write(key=f"{picture}.png", label=picture % 2, indices=indices(picture, variant), extent=(6, 4))
+    return folder
+
+
+def test_rows_of_a_picture_are_its_variants(tmp_path: Path) -> None:
+    shards = TokenShards(split="train", path=str(write(tmp_path)))
+    assert len(shards) == 5
+    assert shards.space == TokenSpace((3, 2), 2, 1000, SPACE.fingerprint)
+    assert torch.equal(shards[3]["x"], indices(3, 0))
+    assert (shards[3]["key"], shards[3]["label"]) == ("3.png", 1)
+    seen = {int(shards.sample(3, np.random.default_rng(seed))["x"][0, 0, 0]) for seed in range(30)}
+    assert seen == {300, 310, 320}
+
+
+def test_batches_are_those_of_pictures(tmp_path: Path) -> None:
+    shards = TokenShards(split="train", path=str(write(tmp_path)))
+    batches = training_batches(shards, batch_size=4, seed=0)
+    first, second = next(batches), next(batches)
+    assert first["x"].shape == (4, 3, 2, 2)
+    assert first["x"].dtype == torch.int64
+    assert sorted(first["key"] + second["key"][:1]) == [f"{i}.png" for i in range(5)]
+    again = next(training_batches(shards, batch_size=4, seed=0, start_batch=1))
+    assert torch.equal(again["x"], second["x"])
+
+
+def test_arrays_are_memory_mapped_and_follow_the_shards(tmp_path: Path) -> None:
+    shards = TokenShards(split="train", path=str(write(tmp_path)))
+    assert isinstance(shards._indices, np.memmap)
+    assert shards._indices.dtype == np.uint16
+    assert len(TokenShards(split="train", path=str(write(tmp_path, pictures=7)))) == 7
+    assert len(list((tmp_path / ".arrays").iterdir())) == 1
+
+
+def test_splits_are_sub_folders(tmp_path: Path) -> None:
+    write(tmp_path / "train")
+    write(tmp_path / "test", pictures=2)
+    assert len(TokenShards(split="test", path=str(tmp_path))) == 2
+    with pytest.raises(DataError, match="no sub-folder 'test'"):
+        TokenShards(split="test", path=str(tmp_path / "train"))
+
+
+def test_rows_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    with TokenWriter(tmp_path / "a", SPACE) as writer:
+        writer.write(key="square", label=0, indices=indices(0, 0), extent=(6, 4))
+        writer.write(key="wide", label=0, indices=indices(0, 0).transpose(0, 1), extent=(4, 6))
+    with pytest.raises(DataError, match=r"wide has 1 rows of grid x K = \[2, 3, 2\], square 1 of \[3, 2, 2\]"):
+        TokenShards(split="train", path=str(tmp_path / "a"))
+    with TokenWriter(tmp_path / "b", SPACE) as writer:
+        for key in ("two", "two", "one"):
+            writer.write(key=key, label=0, indices=indices(0, 0), extent=(6, 4))
+    with pytest.raises(DataError, match="one has 1 rows .*, two 2 of"):
+        TokenShards(split="train", path=str(tmp_path / "b"))
+    assert not list((tmp_path / "b").glob(".arrays/*"))
+    with TokenWriter(tmp_path / "c", SPACE):
+        pass
+    with pytest.raises(DataError, match="holds no rows"):
+        TokenShards(split="train", path=str(tmp_path / "c"))

@@ -1,0 +1,214 @@
+"""Generators from end to end: train, sample, interrupt, evaluate, report."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import single_threaded, tiny_tokenizer
+from PIL import Image
+
+from tessella import pipeline
+from tessella.checkpoint import CheckpointError, load_generator, load_state, save_generator
+from tessella.config import ConfigError
+from tessella.data.base import DataError
+from tessella.data.token_shards import TokenShards
+from tessella.generate import SampleSettings, balanced, draw
+from test_cli import run
+
+RECIPE = """
+# A generator of seconds
+[data]
+name = "folder"
+path = "pictures"
+crop_px = 16
+flip = true
+[generator]
+name = "ar"
+conditioner = {name = "label"}
+dim = 16
+num_layers = 1
+num_heads = 2
+[training]
+steps = 6
+batch_size = 4
+warmup_steps = 2
+ema_decay = 0.9
+log_every = 1
+sample_every = 3
+checkpoint_every = 2
+num_workers = 0
+"""
+
+
+@pytest.fixture
+def ready(workspace: Path) -> Path:
+    """A workspace with a tokenizer and a generator's recipe."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.recipe = {"data": {"name": "folder", "path": "pictures", "crop_px": 16, "flip": True}}
+    tokenizer.save("tokenizer")
+    (workspace / "generator.toml").write_text(RECIPE)
+    return workspace
+
+
+@pytest.fixture
+def trained(ready: Path) -> Path:
+    return pipeline.train("generator.toml", tokenizer=Path("tokenizer"), out=Path("run"), device="cpu", quiet=True)
+
+
+def test_training_stores_all_that_sampling_needs(trained: Path) -> None:
+    generator, tokenizer = load_generator(trained)
+    assert generator.space == tokenizer.token_space(16, 16)
+    assert generator.arguments["conditioner"]["class_names"] == ["class_0", "class_1"]
+    assert (trained / "samples" / "step-00000006.png").is_file() is False  # quiet
+    indices = generator.sample(torch.tensor([0, 1]), rng=[torch.Generator().manual_seed(i) for i in range(2)])
+    assert tokenizer.decode(indices).shape == (2, 3, 16, 16)
+    names = load_state(trained / "checkpoints" / "step-00000006")["step"].keys()
+    assert set(names) == {"model"}  # the frozen tokenizer is in no checkpoint
+
+
+def test_a_generator_continues_with_the_same_bits(ready: Path) -> None:
+    settings = {"tokenizer": Path("tokenizer"), "device": "cpu", "quiet": True}
+    whole = pipeline.train("generator.toml", out=Path("whole"), **settings)  # type: ignore[arg-type]
+    shutil.copytree(whole, "parts")
+    shutil.rmtree("parts/checkpoints/step-00000006")  # as if killed after step 4
+    parts = pipeline.train("generator.toml", out=Path("parts"), **settings)  # type: ignore[arg-type]
+    weights = [(run / "checkpoints/step-00000006/model.safetensors").read_bytes() for run in (whole, parts)]
+    assert weights[0] == weights[1]
+
+
+def test_shards_and_pictures_give_the_same_training(ready: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline.tokenize(Path("tokenizer"), Path("tokens"), split="train", device="cpu")
+    shards = TokenShards(split="train", path="tokens")
+    assert shards.class_names == ("class_0", "class_1")
+    folder = pipeline.train("generator.toml", tokenizer=Path("tokenizer"), data="tokens", out=Path("run"), device="cpu")
+    generator, _ = load_generator(folder)
+    assert generator.space == shards.space
+    assert run(monkeypatch, "sample", "run", "--class", "class_1", "-n", "2") == 0
+    assert len(list(Path("run/generated").glob("*class_1.png"))) == 2
+
+
+def test_samples_do_not_depend_on_batches_and_are_not_drawn_twice(trained: Path) -> None:
+    assert pipeline.sample(trained, Path("all"), count=6, device="cpu")[0] == 6
+    files = sorted(Path("all").glob("0*.png"))
+    assert [file.name for file in files] == [f"{i:06d}-class_{i % 2}.png" for i in range(6)]
+    before = {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
+    files[2].unlink()
+    files[5].unlink()
+    assert pipeline.sample(trained, Path("all"), count=6, batch_size=1, device="cpu")[0] == 2
+    for file in files:
+        data, written = before[file.name]
+        assert file.read_bytes() == data
+        assert (file.stat().st_mtime_ns == written) == (file not in (files[2], files[5]))
+    with Image.open("all/grid.png") as grid:
+        assert np.asarray(grid).shape == (2 * 16 + 2, 3 * 16 + 4, 3)
+    with pytest.raises(ConfigError, match=r"all holds other samples \(seed: 0 -> 1\)"):
+        pipeline.sample(trained, Path("all"), count=6, settings=SampleSettings(seed=1), device="cpu")
+    with pytest.raises(ConfigError, match="is not empty and holds no samples"):
+        pipeline.sample(trained, Path("pictures"), device="cpu")
+
+
+def test_an_interrupted_sampling_run_leaves_whole_files(trained: Path) -> None:
+    command = [sys.executable, "-m", "tessella", "sample", "run", "-n", "400", "--out", "many", "--batch-size", "2",
+               "--device", "cpu"]  # fmt: skip
+    process = subprocess.Popen(command, env=single_threaded(), stderr=subprocess.DEVNULL)
+    while len(list(Path("many").glob("0*.png"))) < 4:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    files = list(Path("many").glob("0*.png"))
+    assert 4 <= len(files) < 400
+    for file in files:
+        with Image.open(file) as picture:
+            assert picture.size == (16, 16)
+    whole = {file.name: file.read_bytes() for file in files}
+    drawn, _ = pipeline.sample(trained, Path("many"), count=len(files) + 3, device="cpu")
+    assert drawn == 3
+    assert all((Path("many") / name).read_bytes() == data for name, data in whole.items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"classes": ["2"]}, r"unknown class '2'; classes are 0 to 1; names: class_0, class_1"),
+        ({"classes": ["owl"]}, "unknown class 'owl'"),
+        ({"settings": SampleSettings(top_k=0)}, r"top_k must lie in \[1, 125\]"),
+        ({"settings": SampleSettings(top_k=126)}, r"top_k must lie in \[1, 125\]"),
+        ({"settings": SampleSettings(guidance=-0.5)}, "guidance must be >= 0"),
+        ({"settings": SampleSettings(temperature=-1.0)}, "temperature must be >= 0"),
+    ],
+)
+def test_bad_requests_are_explained(trained: Path, arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        pipeline.sample(trained, Path("out"), device="cpu", **arguments)  # type: ignore[arg-type]
+    assert not list(Path("out").glob("0*.png"))
+
+
+def test_models_that_do_not_fit_are_refused(trained: Path) -> None:
+    generator, tokenizer = load_generator(trained)
+    other = tiny_tokenizer(seed=1)
+    with pytest.raises(ValueError, match="is for tokens of tokenizer"):
+        save_generator(generator, other, "bad")
+    save_generator(generator, tokenizer, "good")
+    assert pipeline.is_generator(Path("good"))
+    other.save("good/tokenizer")
+    with pytest.raises(CheckpointError, match="generates tokens of tokenizer"):
+        load_generator("good")
+    with pytest.raises(CheckpointError, match="holds a tokenizer, not a generator"):
+        load_generator("tokenizer")
+    pipeline.tokenize(Path("tokenizer"), Path("tokens"), split="train", device="cpu")
+    other.save("other")
+    with pytest.raises(ConfigError, match="the shards hold tokens of tokenizer"):
+        pipeline.train("generator.toml", tokenizer=Path("other"), data="tokens", out=Path("run2"), device="cpu")
+    with pytest.raises(ConfigError, match="give its run or folder with --tokenizer"):
+        pipeline.train("generator.toml", out=Path("run3"), device="cpu")
+
+
+def test_classes_must_be_known(ready: Path) -> None:
+    for file in sorted(Path("pictures").rglob("*.png")):
+        file.rename(Path("pictures") / f"{file.parent.name}-{file.name}")
+    with pytest.raises((ConfigError, DataError), match="names no classes"):
+        pipeline.train("generator.toml", tokenizer=Path("tokenizer"), out=Path("run"), device="cpu")
+
+
+def test_evaluation_and_report(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tessella.evaluation.backbones import EfficientNetLite0
+    from tessella.evaluation.features import FeatureNetwork
+    from tessella.evaluation.protocols import EFFLITE0
+
+    torch.manual_seed(0)
+    network = FeatureNetwork(EFFLITE0, EfficientNetLite0())
+    monkeypatch.setattr(pipeline, "feature_network", lambda *_: network)
+    assert run(monkeypatch, "evaluate", "run", "--samples", "12", "--split", "train") == 0
+    record = json.loads((trained / "samples-efflite0.json").read_text())
+    assert set(record["values"]) == {"FD-EffLite0", "IS-EffLite0", "precision-EffLite0", "recall-EffLite0"}
+    assert record["samples"]["num_images"] == 12
+    assert record["sampling"]["temperature"] == 1.0
+    with Image.open(trained / "samples-efflite0.png") as neighbours:
+        assert neighbours.size == (5 * 16 + 8, 8 * 16 + 14)
+    assert run(monkeypatch, "report", "run") == 0
+    page = (trained / "report.html").read_text()
+    assert "FD-EffLite0" in page
+    assert "class_1" in page
+
+
+def test_labels_are_balanced() -> None:
+    assert balanced(3, 7) == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_a_sample_is_a_function_of_its_number(trained: Path) -> None:
+    generator, tokenizer = load_generator(trained)
+    alone = draw(generator, tokenizer, labels=[1], numbers=[5], settings=SampleSettings())
+    together = draw(generator, tokenizer, labels=[0, 1, 0], numbers=[3, 5, 9], settings=SampleSettings())
+    torch.testing.assert_close(alone[0], together[1])
+    other = draw(generator, tokenizer, labels=[1], numbers=[5], settings=SampleSettings(seed=1))
+    assert not torch.equal(alone, other)
