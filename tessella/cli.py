@@ -142,7 +142,7 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Folder for the records; default: the model's folder.")] = None,
     device: Device = None,
 ) -> None:
-    """Measure reconstructions (PSNR, SSIM, LPIPS, usage, speed, rFID) or samples, with the protocol beside the numbers."""
+    """Measure reconstructions (PSNR, SSIM, LPIPS, usage, rFID) or samples, with the protocol beside the numbers."""
     if pipeline.is_generator(model):
         settings = SampleSettings(seed, temperature, top_k, top_p, guidance)
         record, file = pipeline.evaluate_samples(
@@ -170,7 +170,7 @@ def evaluate(
 @app.command()
 def sample(
     model: Annotated[Path, typer.Argument(help="The run of a generator, one of its checkpoints, or a saved one.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for the PNGs; default: generated in the model's folder.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the PNGs; default: generated, in the model's.")] = None,
     classes: Annotated[
         list[str] | None, typer.Option("--class", help="A class's name or number; repeatable. Default: all in turn.")
     ] = None,
@@ -242,7 +242,8 @@ def _numbers(text: str) -> list[int]:
 @app.command(name="list")
 def list_(
     what: Annotated[
-        Literal["recipes", "quantizers", "autoencoders", "generators", "conditioners", "data"] | None, typer.Argument(help="Only these.")
+        Literal["recipes", "quantizers", "autoencoders", "generators", "conditioners", "data"] | None,
+        typer.Argument(help="Only these."),
     ] = None,
 ) -> None:
     """Show the recipes and everything a recipe can name."""

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from tessella.checkpoint import fingerprint, write_text
-from tessella.config import ConfigError
+from tessella.config import ConfigError, differences
 from tessella.data.base import to_tensor
 from tessella.generators.base import Generator
 from tessella.generators.sampling import generators
@@ -156,7 +156,7 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
     file = out / SETTINGS
     if file.is_file():
         found = json.loads(file.read_text(encoding="utf-8"))
-        changed = [f"{key}: {found.get(key)!r} -> {value!r}" for key, value in settings.items() if found.get(key) != value]
+        changed = differences(found, settings)
         if changed:
             raise ConfigError(f"{out} holds other samples ({'; '.join(changed)}); choose another --out, or delete it")
     elif out.exists() and any(out.iterdir()):

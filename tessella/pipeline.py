@@ -272,9 +272,7 @@ def _data_of(tokenizer: Tokenizer, data: str | None, *, split: Split, whole: boo
     return dataset, {**section, "split": split}
 
 
-def _batches(
-    dataset: Samples, *, whole: bool, limit: int | None, title: str, num_workers: int = 0
-) -> Iterator[Batch]:
+def _batches(dataset: Samples, *, whole: bool, limit: int | None, title: str, num_workers: int = 0) -> Iterator[Batch]:
     """Evaluation batches behind a progress bar; skipped pictures are named, and too many of them end it."""
     from rich.console import Console
     from rich.progress import Progress
@@ -417,7 +415,9 @@ def feature_network(protocol: str, weights: Path | None, device: torch.device) -
         raise ConfigError(str(error)) from error
     file = weights / EFFLITE0_WEIGHTS if weights and weights.is_dir() and chosen is EFFLITE0 else weights
     if file is None or file.is_dir():
-        raise ConfigError(f"protocol {protocol!r} needs the weights of {chosen.network}: give their file with --features")
+        raise ConfigError(f"protocol {protocol!r} needs the weights of {chosen.network}: give their file as --features")
+            f"protocol {protocol!r} needs the weights of {chosen.network}: give their file with --features"
+        )
     return FeatureNetwork.from_file(chosen, file, device=device)
 
 
@@ -559,9 +559,7 @@ def evaluate_samples(
     seconds = time.monotonic() - started
     sampled = network.extract(drawn)
     metrics = DistributionSettings(metrics=("frechet", "score", "precision_recall"))
-    record = evaluate_distribution(
-        sampled, reference, network, settings=metrics, reference_name=_describe(section)
-    )
+    record = evaluate_distribution(sampled, reference, network, settings=metrics, reference_name=_describe(section))
     file = (out or _folder_of(model)) / f"samples-{protocol}.json"
     about = {"images_per_second": count / seconds, **asdict(settings or SampleSettings())}
     write_text(file, json.dumps({**record.to_dict(), "sampling": about}, indent=2, allow_nan=False) + "\n")

@@ -55,9 +55,9 @@ def test_a_nested_section_is_checked_and_completed() -> None:
     resolved = config.resolve_recipe(recipe)
     assert resolved["loss"]["adversary"]["weight"] == 0.2
     assert resolved["loss"]["adversary"]["discriminator"] == "patchgan"
-    with pytest.raises(ConfigError, match="unknown key 'loss.adversary.wieght'; accepted: discriminator"):
+    with pytest.raises(ConfigError, match=r"unknown key 'loss.adversary.wieght'; accepted: discriminator"):
         config.resolve_recipe(config.override(recipe, ["loss.adversary.wieght=1"]))
-    with pytest.raises(ConfigError, match="'loss.adversary' must be a table, got 3"):
+    with pytest.raises(ConfigError, match=r"'loss.adversary' must be a table, got 3"):
         config.resolve_recipe(config.override(recipe, ["loss.adversary=3"]))
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import single_threaded, tiny_tokenizer
 from PIL import Image
+from test_cli import run
 
 from tessella import pipeline
 from tessella.checkpoint import CheckpointError, load_generator, load_state, save_generator
@@ -22,7 +23,6 @@ from tessella.config import ConfigError
 from tessella.data.base import DataError
 from tessella.data.token_shards import TokenShards
 from tessella.generate import SampleSettings, balanced, draw
-from test_cli import run
 
 RECIPE = """
 # A generator of seconds

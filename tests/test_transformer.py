@@ -75,7 +75,7 @@ class TestRotary:
         assert not torch.isclose(first, (at(q, 2, 4) * at(k, 4, 3)).sum(), rtol=1e-2)
 
     def test_head_size_must_divide_among_axes(self) -> None:
-        with pytest.raises(ValueError, match="on 2 axes need a head size .* divisible by 4, got 6"):
+        with pytest.raises(ValueError, match=r"on 2 axes need a head size .* divisible by 4, got 6"):
             Rotary((2, 2)).table(6)
 
 

@@ -21,9 +21,7 @@ class Label(Conditioner):
 
     batch_key = "label"
 
-    def __init__(
-        self, num_classes: int, dim: int, *, class_names: Sequence[str] = (), dropout: float = 0.1
-    ) -> None:
+    def __init__(self, num_classes: int, dim: int, *, class_names: Sequence[str] = (), dropout: float = 0.1) -> None:
         super().__init__(dim, dropout=dropout)
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")

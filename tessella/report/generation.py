@@ -39,8 +39,8 @@ def samples_section(real: Mapping[str, Tensor], generated: Mapping[str, Tensor],
     per_class = max(len(pictures) for pictures in generated.values())
     overview = Picture("samples", grid(everything, columns=per_class), "All samples, a class a row.")
     text = (
-        "The generator was given nothing but the class. Every picture was drawn token by token or step by step and then "
-        f"decoded. {settings}"
+        "The generator was given nothing but the class. Every picture was drawn token by token or step by step and "
+        f"then decoded. {settings}"
     )
     return Section("Generated pictures", text, [Gallery(cards), overview])
 
@@ -72,7 +72,8 @@ def write_generator_report(
     if plots := curves(log_rows):
         sections.append(Section("Training", "From the training log.", plots))
     if distribution is not None:
-        rows = [(name, f"{value['value']:.4g}", distribution["meaning"].get(name, "")) for name, value in values.items()]
+        meaning = distribution["meaning"]
+        rows = [(name, f"{estimate['value']:.4g}", meaning.get(name, "")) for name, estimate in values.items()]
         text = f"Compare them only with numbers measured in the same way: {distribution['protocol_line']}."
         sections.append(Section("Numbers", text, [Table(("metric", "value", "what it is"), rows)]))
     summary = "" if distribution is None else distribution["protocol_line"]

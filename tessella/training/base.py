@@ -46,7 +46,8 @@ class Step(nn.Module, ABC):
 
     def trained(self) -> dict[str, nn.Module]:
         """The children that training changes: what a checkpoint must hold."""
-        return {name: child for name, child in self.named_children() if any(p.requires_grad for p in child.parameters())}
+        children = self.named_children()
+        return {name: child for name, child in children if any(p.requires_grad for p in child.parameters())}
 
     @abstractmethod
     def pictures(self, model: nn.Module, batch: Batch) -> Tensor:

@@ -74,7 +74,7 @@ def test_rows_that_do_not_fit_are_named(tmp_path: Path) -> None:
     with TokenWriter(tmp_path / "b", SPACE) as writer:
         for key in ("two", "two", "one"):
             writer.write(key=key, label=0, indices=indices(0, 0), extent=(6, 4))
-    with pytest.raises(DataError, match="one has 1 rows .*, two 2 of"):
+    with pytest.raises(DataError, match=r"one has 1 rows .*, two 2 of"):
         TokenShards(split="train", path=str(tmp_path / "b"))
     assert not list((tmp_path / "b").glob(".arrays/*"))
     with TokenWriter(tmp_path / "c", SPACE):

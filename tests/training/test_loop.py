@@ -63,7 +63,8 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path: Path) -> N
     gradients = []
     for accumulate in (1, 4):
         step = TokenizerStep(tiny_tokenizer(seed=3))
-        loop(steps=1, accumulate=accumulate, clip_norm=math.inf).run(step, Noise(), tmp_path / str(accumulate), device=CPU)
+        settings = loop(steps=1, accumulate=accumulate, clip_norm=math.inf)
+        settings.run(step, Noise(), tmp_path / str(accumulate), device=CPU)
         gradients.append(torch.cat([p.grad.flatten() for p in step.parameters() if p.grad is not None]))
     assert len(gradients[0]) == sum(p.numel() for p in tiny_tokenizer().parameters())
     assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm()

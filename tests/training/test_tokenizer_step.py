@@ -53,7 +53,8 @@ def flat(step: TokenizerStep, which: str) -> Tensor:
 
 def batch(count: int = 4) -> Batch:
     data = Smooth()
-    return Batch(x=torch.stack([data.sample(i)["x"] for i in range(count)]), label=torch.zeros(count), key=[], skipped=[])
+    x = torch.stack([data.sample(i)["x"] for i in range(count)])
+    return Batch(x=x, label=torch.zeros(count), key=[], skipped=[])
 
 
 def test_psnr_by_hand() -> None:
