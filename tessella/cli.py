@@ -16,7 +16,7 @@ from rich.table import Table
 
 from tessella import pipeline
 from tessella.checkpoint import CheckpointError
-from tessella.config import FAMILIES, ConfigError, find, names, recipe_names, recipe_summary
+from tessella.config import FAMILIES, ConfigError, find, names, override, recipe_names, recipe_summary
 from tessella.data.base import DataError
 from tessella.generate import GRID, SampleSettings
 from tessella.study import METHODS
@@ -46,7 +46,14 @@ Whole = Annotated[bool, typer.Option("--whole", help="Whole pictures at their ow
 Temperature = Annotated[float, typer.Option(help="Divides the logits; 0 takes the likeliest token.")]
 TopK = Annotated[int | None, typer.Option(help="Keep only the k likeliest tokens.")]
 TopP = Annotated[float | None, typer.Option(help="Keep only the likeliest tokens of this total probability.")]
-GuidanceScale = Annotated[float, typer.Option("--guidance", help="Classifier-free guidance; 1 is none.")]
+Guidance = Annotated[
+    str,
+    typer.Option(help="Classifier-free guidance: 1 is none; or interval:SCALE,START,STOP, linear:A,B, cosine:A,B."),
+]
+Options = Annotated[
+    list[str] | None,
+    typer.Option("--option", metavar="NAME=VALUE", help="More of this generator: num_steps=8, ..."),
+]
 Seed = Annotated[int, typer.Option(min=0, help="Of everything random.")]
 Weights = Annotated[Path | None, typer.Option(help="Folder with LPIPS weights; without it LPIPS is left out.")]
 
@@ -137,14 +144,15 @@ def evaluate(
     temperature: Temperature = 1.0,
     top_k: TopK = None,
     top_p: TopP = None,
-    guidance: GuidanceScale = 1.0,
+    guidance: Guidance = "1",
+    option: Options = None,
     seed: Seed = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for the records; default: the model's folder.")] = None,
     device: Device = None,
 ) -> None:
     """Measure reconstructions (PSNR, SSIM, LPIPS, usage, rFID) or samples, with the protocol beside the numbers."""
     if pipeline.is_generator(model):
-        settings = SampleSettings(seed, temperature, top_k, top_p, guidance)
+        settings = SampleSettings(seed, temperature, top_k, top_p, guidance, override({}, option or []))
         record, file = pipeline.evaluate_samples(
             model, protocol=protocol or "efflite0", features=features or weights, data=data, split=split,
             count=samples, settings=settings, out=out, device=device,
@@ -178,7 +186,8 @@ def sample(
     temperature: Temperature = 1.0,
     top_k: TopK = None,
     top_p: TopP = None,
-    guidance: GuidanceScale = 1.0,
+    guidance: Guidance = "1",
+    option: Options = None,
     seed: Seed = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures at a time; changes no picture.")] = 64,
     device: Device = None,
@@ -187,7 +196,7 @@ def sample(
     out = out or (model if model.is_dir() else model.parent) / "generated"
     drawn, seconds = pipeline.sample(
         model, out, classes=classes or (), count=count, batch_size=batch_size, device=device,
-        settings=SampleSettings(seed, temperature, top_k, top_p, guidance),
+        settings=SampleSettings(seed, temperature, top_k, top_p, guidance, override({}, option or [])),
     )  # fmt: skip
     rate = f" at {drawn / seconds:.2f} images/s" if drawn else " (all were there)"
     console.print(f"drew {drawn} pictures{rate}; look at [bold]{out / GRID}[/bold]")

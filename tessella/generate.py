@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tessella.checkpoint import fingerprint, write_text
 from tessella.config import ConfigError, differences
 from tessella.data.base import to_tensor
 from tessella.generators.base import Generator
+from tessella.generators.guidance import parse_guidance
 from tessella.generators.sampling import generators
 from tessella.report import save_image_grid
 from tessella.tokenizer import Tokenizer
@@ -36,13 +38,20 @@ class SampleSettings:
 
     Sample i is a function of the model, these settings, its class and (seed, i) alone: neither the batch size nor an
     interruption changes it.
+
+    Attributes:
+        seed: of the run.
+        temperature, top_k, top_p: as there.
+        guidance: as :func:`tessella.generators.guidance.parse_guidance` reads it.
+        options: further arguments of this generator's ``sample``.
     """
 
     seed: int = 0
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
-    guidance: float = 1.0
+    guidance: str = "1"
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,7 @@ def draw(
     """
     device = tokenizer.device
     condition = None if labels is None else torch.tensor(labels, device=device)
+    check_options(generator, settings.options)
     try:
         indices = generator.sample(
             condition,
@@ -76,11 +86,26 @@ def draw(
             temperature=settings.temperature,
             top_k=settings.top_k,
             top_p=settings.top_p,
-            guidance=settings.guidance,
+            guidance=parse_guidance(settings.guidance),
+            **settings.options,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return tokenizer.decode(indices).float().clamp(-1, 1)
+
+
+def check_options(generator: Generator, options: Mapping[str, Any]) -> None:
+    """Refuse options that this kind of generator does not have.
+
+    Raises:
+        ConfigError: names those it has.
+    """
+    common = inspect.signature(Generator.sample).parameters
+    own = [name for name in inspect.signature(type(generator).sample).parameters if name not in common]
+    for name in options:
+        if name not in own:
+            kind = type(generator).__name__
+            raise ConfigError(f"unknown option {name!r} of {kind}; accepted: {', '.join(own) or 'none'}")
 
 
 def _seed(seed: int, number: int) -> int:

@@ -415,9 +415,7 @@ def feature_network(protocol: str, weights: Path | None, device: torch.device) -
         raise ConfigError(str(error)) from error
     file = weights / EFFLITE0_WEIGHTS if weights and weights.is_dir() and chosen is EFFLITE0 else weights
     if file is None or file.is_dir():
-        raise ConfigError(f"protocol {protocol!r} needs the weights of {chosen.network}: give their file as --features")
-            f"protocol {protocol!r} needs the weights of {chosen.network}: give their file with --features"
-        )
+        raise ConfigError(f"protocol {protocol!r} needs {chosen.network}'s weights: give their file with --features")
     return FeatureNetwork.from_file(chosen, file, device=device)
 
 

@@ -143,7 +143,9 @@ def test_an_interrupted_sampling_run_leaves_whole_files(trained: Path) -> None:
         ({"classes": ["owl"]}, "unknown class 'owl'"),
         ({"settings": SampleSettings(top_k=0)}, r"top_k must lie in \[1, 125\]"),
         ({"settings": SampleSettings(top_k=126)}, r"top_k must lie in \[1, 125\]"),
-        ({"settings": SampleSettings(guidance=-0.5)}, "guidance must be >= 0"),
+        ({"settings": SampleSettings(guidance="-0.5")}, "guidance must be >= 0"),
+        ({"settings": SampleSettings(guidance="steep:1,2")}, "guidance must be a number, interval:SCALE"),
+        ({"settings": SampleSettings(options={"num_steps": 3})}, "unknown option 'num_steps' of AR; accepted: none"),
         ({"settings": SampleSettings(temperature=-1.0)}, "temperature must be >= 0"),
     ],
 )

@@ -70,10 +70,8 @@ def _bilinear_antialias(levels: Tensor, size: int) -> Tensor:
 
 
 def _bicubic_pil(levels: Tensor, size: int) -> Tensor:
-    mode = "bicubic"
-    return functional.interpolate(levels, size=(size, size), mode=mode, align_corners=False, antialias=True).clamp(
-        0, 255
-    )
+    y = functional.interpolate(levels, size=(size, size), mode="bicubic", align_corners=False, antialias=True)
+    return y.clamp(0, 255)  # the kernel overshoots at edges
 
 
 def _tf1_bilinear(levels: Tensor, size: int) -> Tensor:

@@ -293,8 +293,9 @@ def test_precision_and_recall_at_their_ends() -> None:
     assert (same.precision, same.recall) == (1, 1)
     assert (apart.precision, apart.recall) == (0, 0)
     # Copies of one point: every ball has radius 0 and holds exactly that point.
-    copies = points[:1].expand(9, -1) / 3
-    assert precision_recall(copies, copies).precision == 1
+    copies = (normal(1, 1000) / 3 + 30).expand(40, -1)
+    assert distribution._radii(copies, 3).tolist() == [0] * 40  # exactly, whatever |x|^2 - 2 x.x + |x|^2 rounds to
+    assert precision_recall(copies[:13], copies).precision == 1
     assert precision_recall(copies + 1e-3, copies).precision == 0
     with pytest.raises(ValueError, match="reference must hold more than k = 3 points, got 3"):
         precision_recall(points, points[:3])
