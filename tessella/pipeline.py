@@ -249,6 +249,9 @@ def data_section(section: Spec, where: str) -> Spec:
     path = Path(where)
     if (path / MANIFEST).is_file() or (path / "train" / MANIFEST).is_file():
         return {"name": "token_shards", "path": str(path)}
+    if section.get("name") == "lsun" or (path.is_dir() and any(path.glob("*_lmdb"))):
+        chosen = {key: section[key] for key in ("categories",) if key in section}
+        return {"name": "lsun", "path": str(path), **chosen, **_geometry(section)}
     if not path.exists():
         raise ConfigError(f"no data at {path}: expected a folder of pictures or of Parquet files, or 'photos'")
     parquet = path.suffix == ".parquet" or (path.is_dir() and any(path.glob("*.parquet")))

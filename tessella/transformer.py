@@ -160,6 +160,23 @@ class StaticKVCache(KVCache):
         self.position = self.position + count
 
 
+class Linear(nn.Linear):
+    """nn.Linear, faster for one or two rows on the CPU: a step of sampling, whose time is that of reading the weights.
+
+    With weights [N, D] and rows [R, D] the BLAS computes W x^T of two columns at the speed of the memory and on all
+    threads; as x W^T it takes 2.5 times as long with two rows (MKL on an AMD EPYC), and one thread with one row.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., out]`` of ``[..., in]``."""
+        rows = x.numel() // self.in_features
+        if rows not in (1, 2) or x.device.type != "cpu" or torch.compiler.is_compiling():
+            return super().forward(x)
+        columns = x.reshape(rows, -1).expand(2, -1).contiguous().t()
+        out = torch.mm(self.weight, columns).t()[:rows].contiguous()
+        return (out if self.bias is None else out + self.bias).view(*x.shape[:-1], -1)
+
+
 class SelfAttention(nn.Module):
     """Multi-head attention among the positions."""
 
@@ -168,8 +185,8 @@ class SelfAttention(nn.Module):
         self.num_heads = num_heads
         self.causal = causal
         self.dropout = dropout
-        self.qkv = nn.Linear(dim, 3 * dim, bias=bias)
-        self.out = nn.Linear(dim, dim, bias=bias)
+        self.qkv = Linear(dim, 3 * dim, bias=bias)
+        self.out = Linear(dim, dim, bias=bias)
 
     def forward(self, x: Tensor, rotation: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
         """``x [B, L, dim]``; ``rotation [2, L, 1, head]``, see :meth:`Rotary.table`."""
@@ -197,9 +214,9 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.dropout = dropout
-        self.q = nn.Linear(dim, dim, bias=bias)
-        self.kv = nn.Linear(dim, 2 * dim, bias=bias)
-        self.out = nn.Linear(dim, dim, bias=bias)
+        self.q = Linear(dim, dim, bias=bias)
+        self.kv = Linear(dim, 2 * dim, bias=bias)
+        self.out = Linear(dim, dim, bias=bias)
 
     def forward(self, x: Tensor, context: Tensor, cache: KVCache | None, layer: int) -> Tensor:
         """``x [B, L, dim]``, ``context [B, M, dim]``."""
@@ -221,8 +238,8 @@ class FeedForward(nn.Module):
     def __init__(self, dim: int, hidden: int, *, activation: Activation, bias: bool) -> None:
         super().__init__()
         self.activation = activation
-        self.up = nn.Linear(dim, 2 * hidden if activation == "swiglu" else hidden, bias=bias)
-        self.down = nn.Linear(hidden, dim, bias=bias)
+        self.up = Linear(dim, 2 * hidden if activation == "swiglu" else hidden, bias=bias)
+        self.down = Linear(hidden, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, L, dim]``."""
@@ -242,7 +259,7 @@ class Modulation(nn.Module):
     def __init__(self, dim: int, num_parts: int) -> None:
         super().__init__()
         self.num_parts = num_parts
-        self.linear = nn.Linear(dim, num_parts * dim)
+        self.linear = Linear(dim, num_parts * dim)
 
     def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
         """``num_parts`` tensors ``[B, 1, dim]`` of ``condition [B, dim]``."""

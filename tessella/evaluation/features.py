@@ -45,12 +45,12 @@ _CPU_BATCH = 8  # the activations of more leave the cache: 64 at a time take twi
 def resize(levels: Tensor, size: int, rule: Resize) -> Tensor:
     """Pictures ``[B, C, size, size]`` of ``levels [B, C, H, W]`` in [0, 255]; the aspect ratio is not kept.
 
-    The rules differ by more than the Frechet distance of a good tokenizer (Parmar et al., arXiv 2104.11222):
+    Which one is used moves every distance that is taken of the features (Parmar et al., arXiv 2104.11222):
 
     * ``bilinear``: pixel centres at half-integers, two neighbours per axis, no antialiasing (pytorch-fid).
     * ``bilinear_antialias``: the same, with a wider kernel where pictures shrink (Pillow's bilinear).
-    * ``tf1_bilinear``: as TensorFlow 1: output i reads position i H / size, so pictures move by up to half a pixel; no
-      antialiasing (the graph of the original FID, and ADM's evaluator).
+    * ``tf1_bilinear``: as TensorFlow 1: output i reads position i H / size, (H / size - 1) / 2 px away from where it
+      should; no antialiasing (the graph of the original FID, and ADM's evaluator).
     * ``bicubic_pil``: Pillow's antialiased bicubic (a = -1/2) on floats, clipped to [0, 255] (clean-fid).
 
     Raises:

@@ -16,7 +16,7 @@ from tessella.generators.base import Generator, Guidance, Loss
 from tessella.generators.orders import delay, flattened
 from tessella.generators.sampling import check_guidance, check_settings, choose, guided, inference, uniforms
 from tessella.tokenizer import TokenSpace
-from tessella.transformer import Rotary, Transformer
+from tessella.transformer import Linear, Rotary, Transformer
 
 _ORDERS = {"flattened": flattened, "delay": delay}
 
@@ -78,7 +78,7 @@ class AR(Generator):
             dim, num_layers, num_heads, hidden=hidden, rotary=self._rotary(rotary), adaln=adaln, gate_init=gate_init,
             dropout=dropout, attention_dropout=attention_dropout, checkpoint_activations=checkpoint_activations,
         )  # fmt: skip
-        self.head = nn.Linear(dim, num_tokens, bias=False)
+        self.head = Linear(dim, num_tokens, bias=False)
         nn.init.normal_(self.embedding.weight, std=0.02)
         # Zero: the first loss is ln V exactly.
         nn.init.zeros_(self.head.weight)
