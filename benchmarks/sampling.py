@@ -1,12 +1,13 @@
 """Tokens a second of autoregressive sampling, beside transformers' Llama of the same shape and its own `generate`.
 
-    OMP_NUM_THREADS=2 python benchmarks/sampling.py [--sizes b l] [--batches 1 16] [--tokens 256] [--repeats 3] [--out folder]
+    OMP_NUM_THREADS=2 python benchmarks/sampling.py [--sizes b l] [--batches 1 16] [--tokens 256] [--out folder]
 
 LlamaGen's shapes with random weights and heads, 16384 codes, float32 on the CPU. Both sides draw from the whole
 distribution at temperature 1, without guidance and with classifier-free guidance (which costs a second sequence for
-each sample: here a doubled batch, there a second pass). Measured in alternation in one run after one warm-up; times are
-medians of wall time. `uncached` is a pass over all tokens so far for every token, timed at a few lengths; coarse-to-fine
-is 512 clusters by the same shape and then one pass of the L shape. Writes sampling.json and sampling.md into the folder.
+each sample: here a doubled batch, there a second pass). Measured in alternation in one run after one warm-up; times
+are medians of wall time. `uncached` is a pass over all tokens so far for every token, timed at a few lengths;
+coarse-to-fine is 512 clusters by the same shape and then one pass of the L shape. Writes sampling.json and sampling.md
+into the folder, and prints the table.
 """
 
 from __future__ import annotations

@@ -127,8 +127,9 @@ def evaluate(
     limit: Limit = None,
     whole: Whole = False,
     pixels: Annotated[
-        Literal["uint8", "float"], typer.Option(help="Measure on pictures rounded to 8 bits, or on floats.")
-    ] = "uint8",
+        Literal["uint8", "truncated", "float"] | None,
+        typer.Option(help="Measure on 8-bit pictures, rounded (default) or truncated (default for ibq), or on floats."),
+    ] = None,
     weights: Weights = None,
     protocol: Annotated[
         Literal["adm", "pytorch-fid", "ibq", "torchvision", "efflite0"] | None,
@@ -161,7 +162,8 @@ def evaluate(
         console.print(f"written to [bold]{file}[/bold]; nearest training pictures: {file.with_suffix('.png')}")
         return
     result, file = pipeline.evaluate(
-        model, data=data, split=split, limit=limit, whole=whole, pixels=pixels, weights=weights, out=out,
+        model, data=data, split=split, limit=limit, whole=whole, weights=weights, out=out,
+        pixels=pixels or ("truncated" if protocol == "ibq" else "uint8"),
         device=device,
     )  # fmt: skip
     result.print(console)

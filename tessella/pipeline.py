@@ -264,9 +264,12 @@ def _geometry(section: Spec) -> Spec:
 
 def _data_of(tokenizer: Tokenizer, data: str | None, *, split: Split, whole: bool) -> tuple[ImageDataset, Spec]:
     """The data set to apply a tokenizer to, and its section; by default the one it was trained on."""
-    section: Spec = (tokenizer.recipe or {}).get("data", {})
+    trained: Spec = (tokenizer.recipe or {}).get("data", {})
+    section = trained
     if data is not None:
-        section = data_section(section, data)
+        section = data_section(trained, data)
+        if section["name"] in ("folder", "parquet") and section["path"] != trained.get("path") and split == "test":
+            section["held_out"] = 1.0  # where nothing was trained on, nothing need be held back
     if not section:
         raise ConfigError("the tokenizer was saved without a data set; name one with --data")
     if whole:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tessella.transformer import Block, KVCache, Rotary, Transformer, default_hidden, rotate
+from tessella.transformer import Block, KVCache, Linear, Rotary, Transformer, default_hidden, rotate
 
 DIM, HEADS = 32, 4
 
@@ -77,6 +77,25 @@ class TestRotary:
     def test_head_size_must_divide_among_axes(self) -> None:
         with pytest.raises(ValueError, match=r"on 2 axes need a head size .* divisible by 4, got 6"):
             Rotary((2, 2)).table(6)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(1,), (2,), (3,), (1, 1), (2, 1), (1, 2), (1, 3), (0, 1)])
+def test_linear_of_any_number_of_rows(shape: tuple[int, ...], bias: bool) -> None:
+    torch.manual_seed(0)
+    ours = Linear(DIM, 7, bias=bias)
+    theirs = nn.Linear(DIM, 7, bias=bias)
+    theirs.load_state_dict(ours.state_dict())
+    gradients = []
+    for layer in (ours, theirs):
+        x = vectors(*shape).requires_grad_()
+        out = layer(x)
+        assert out.shape == (*shape, 7)
+        assert out.is_contiguous()
+        out.square().sum().backward()
+        gradients.append([out.detach(), x.grad, *(parameter.grad for parameter in layer.parameters())])
+    torch.testing.assert_close(gradients[0], gradients[1])
+    assert ours(vectors()).shape == (7,)
 
 
 @pytest.mark.parametrize("post_norm", [False, True])

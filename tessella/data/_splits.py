@@ -34,9 +34,9 @@ def held_out_part(keys: Sequence[str], split: Split, share: float) -> list[int]:
 
 
 def check_share(held_out: float) -> None:
-    """Raise ValueError unless it is a share that leaves something on both sides."""
-    if not 0 < held_out < 1:
-        raise ValueError(f"held_out must be above 0 and below 1, got {held_out}")
+    """Raise ValueError unless it is a share that leaves something to test on."""
+    if not 0 < held_out <= 1:
+        raise ValueError(f"held_out must be above 0 and at most 1, got {held_out}")
 
 
 def _fraction(key: str) -> float:

@@ -30,7 +30,7 @@ class Folder(ImageDataset):
         crop_px: side of the square crop in pixels; None keeps whole pictures.
         resize_px: length in pixels that the shorter side is brought to first.
         flip: in training, mirror half of the pictures left to right.
-        held_out: the share of pictures held out where the folder itself does not separate them.
+        held_out: the share of pictures held out where the folder itself does not separate them; 1 for all.
 
     Raises:
         ValueError: no such folder, no picture in it, none for this split, or an argument out of its range.

@@ -32,7 +32,7 @@ class Parquet(ImageDataset):
         crop_px: side of the square crop in pixels; None keeps whole pictures.
         resize_px: length in pixels that the shorter side is brought to first.
         flip: in training, mirror half of the pictures left to right.
-        held_out: the share of rows held out where no file separates them.
+        held_out: the share of rows held out where no file separates them; 1 for all.
         image_column: its name.
         label_column: its name; None is "label" where there is one, and label -1 otherwise.
 

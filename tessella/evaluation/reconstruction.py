@@ -26,10 +26,11 @@ if TYPE_CHECKING:
     from tessella.losses.perceptual import LPIPS
     from tessella.tokenizer import Tokenizer
 
-Pixels = Literal["uint8", "float"]
+Pixels = Literal["uint8", "truncated", "float"]
 
 _ROUNDING: dict[Pixels, str] = {
     "uint8": "x_hat clamped to [-1, 1] and rounded to 8 bits before every metric",
+    "truncated": "x_hat clamped to [-1, 1] and cut off to 8 bits before every metric, as in IBQ's evaluation",
     "float": "x_hat clamped to [-1, 1], not rounded",
 }
 _MSE_FLOOR = 1e-10  # 100 dB: one exact picture must not make the mean of a set infinite
@@ -41,7 +42,7 @@ class Protocol:
     """How the numbers of a :class:`ReconstructionRecord` were measured; two records compare only if this agrees.
 
     Attributes:
-        pixels: ``"uint8"`` or ``"float"``: what the metrics saw.
+        pixels: ``"uint8"``, ``"truncated"`` or ``"float"``: what the metrics saw.
         num_images: pictures measured.
         sizes: how many pictures of each size, ``{"64x64": 1000}`` (height x width in px).
         lpips_files: weights file -> first 16 hexadecimal digits of its SHA-256.
@@ -171,7 +172,7 @@ def protocol_line(record: Mapping[str, Any]) -> str:
     shown = ", ".join(size for size, _ in sizes[:3]) + (f" and {len(sizes) - 3} other sizes" if len(sizes) > 3 else "")
     parts = [
         f"{protocol['num_images']:,} images of {shown} px",
-        {"uint8": "8-bit pixels", "float": "float pixels"}[protocol["pixels"]],
+        {"uint8": "8-bit pixels", "truncated": "truncated 8-bit pixels", "float": "float pixels"}[protocol["pixels"]],
         "SSIM 11x11 Gaussian",
         *(f"{key} {value}" for key, value in protocol["data"].items() if value is not None),
     ]
@@ -195,7 +196,8 @@ def evaluate_reconstruction(
         tokenizer: evaluated in eval mode on the device it is on, and left in the mode it was in.
         batches: pictures ``x [B, 3, H, W]`` in [-1, 1]; sizes may differ between batches.
         lpips: metrics by network name; they are moved to the tokenizer's device.
-        pixels: ``"uint8"`` rounds the reconstruction to 8 bits as saving it would; ``"float"`` does not.
+        pixels: ``"uint8"`` rounds the reconstruction to 8 bits as saving it would, ``"truncated"`` cuts the rest off;
+            ``"float"`` does neither.
         data: says which pictures these are (JSON values); stored in the protocol.
         progress: called with the number of pictures done, after each batch.
 
@@ -310,8 +312,12 @@ def to_uint8(x: Tensor) -> Tensor:
 
 
 def _as_seen(x: Tensor, pixels: Pixels) -> Tensor:
-    x = x.float()
-    return to_uint8(x).float() / 127.5 - 1 if pixels == "uint8" else x.clamp(-1, 1)
+    x = x.float().clamp(-1, 1)
+    if pixels == "float":
+        return x
+    # A thousandth of a level: what was a whole level stays one, through (v / 127.5 - 1 + 1) * 127.5 in float32.
+    levels = to_uint8(x).float() if pixels == "uint8" else ((x + 1) * 127.5 + 1e-3).floor()
+    return levels / 127.5 - 1
 
 
 def _reconstruct(tokenizer: Tokenizer, x: Tensor) -> tuple[Tensor, Tensor, float]:

@@ -106,8 +106,8 @@ def choose(
     logits = logits.float()
     if temperature == 0:
         return logits.argmax(-1)
-    probabilities = truncated(logits / temperature, top_k=top_k, top_p=top_p).softmax(-1, dtype=torch.float64)
-    cumulative = probabilities.cumsum(-1)
+    probabilities = truncated(logits / temperature, top_k=top_k, top_p=top_p).softmax(-1)
+    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
     # Relative to the last entry, which rounding keeps from being exactly 1; right: a token of probability 0 is skipped.
     threshold = uniform.to(torch.float64)[..., None] * cumulative[..., -1:]
     return torch.searchsorted(cumulative, threshold, right=True)[..., 0].clamp(max=logits.shape[-1] - 1)

@@ -129,10 +129,17 @@ def test_no_training_folder(tmp_path: Path) -> None:
         Folder(tmp_path, split="train")
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0, -1.0])
+@pytest.mark.parametrize("share", [0.0, 1.1, -1.0])
 def test_the_share_is_checked(tmp_path: Path, share: float) -> None:
-    with pytest.raises(ValueError, match="held_out must be above 0 and below 1"):
+    with pytest.raises(ValueError, match="held_out must be above 0 and at most 1"):
         Folder(tmp_path, split="train", held_out=share)
+
+
+def test_a_share_of_1_holds_out_everything(tmp_path: Path) -> None:
+    save(tmp_path, "1.png", "2.png", "3.png")
+    assert len(Folder(tmp_path, split="test", held_out=1.0)) == 3
+    with pytest.raises(ValueError, match="no picture is left for split 'train'"):
+        Folder(tmp_path, split="train", held_out=1.0)
 
 
 def test_a_recipe_builds_it(tmp_path: Path) -> None:

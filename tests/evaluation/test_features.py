@@ -133,6 +133,17 @@ def test_padding_is_tensorflows() -> None:
     assert (stem(odd)[0, 0] / 3).tolist() == [[0, 0], [0, 4]]
 
 
+@pytest.mark.parametrize("kind", [EfficientNetLite0, FIDInceptionV3, InceptionV3])
+def test_epsilon_of_the_normalisation_is_tensorflows(kind: type[Classifier]) -> None:
+    """1 / sqrt(0.001 + 0.001), where torch's own epsilon of 1e-5 would give 31.5."""
+    norms = [module for module in kind().modules() if isinstance(module, nn.BatchNorm2d)]
+    assert len(norms) == (49 if kind is EfficientNetLite0 else 94)
+    for norm in norms:
+        norm.running_var = torch.full((norm.num_features,), 1e-3)
+        out = norm(torch.ones(1, norm.num_features, 1, 1)).flatten()
+        torch.testing.assert_close(out, torch.full_like(out, 500**0.5))
+
+
 def as_published(network: Classifier) -> dict[str, Tensor]:
     return {key: value for key, value in network.state_dict().items() if not key.endswith("num_batches_tracked")}
 

@@ -88,6 +88,9 @@ def test_eight_bit_rounds_the_reconstruction() -> None:
     x_hat = x + 0.8 / 127.5  # nearer to the next level
     assert picture_scores(x, x_hat, lpips={}, pixels="float")["l1"].item() == pytest.approx(0.8 / 255, rel=1e-4)
     assert picture_scores(x, x_hat, lpips={}, pixels="uint8")["l1"].item() == pytest.approx(1 / 255, rel=1e-4)
+    assert picture_scores(x, x_hat, lpips={}, pixels="truncated")["l1"].item() == 0
+    every = torch.arange(192.0).view(1, 3, 8, 8) / 127.5 - 1
+    assert picture_scores(every, every, lpips={}, pixels="truncated")["l1"].item() == 0
 
 
 def test_to_uint8_inverts_the_reading_of_every_level_and_clamps() -> None:
@@ -202,7 +205,7 @@ def test_table_shows_numbers_and_protocol() -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(ValueError, match="unknown pixels 'int8'; choose one of: uint8, float"):
+    with pytest.raises(ValueError, match="unknown pixels 'int8'; choose one of: uint8, truncated, float"):
         evaluate_reconstruction(grey_levels(), [], pixels="int8")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no picture to evaluate"):
         evaluate_reconstruction(grey_levels(), [batch(torch.empty(0, 3, 8, 8), skipped=1)])
