@@ -156,7 +156,7 @@ def evaluate(
         settings = SampleSettings(seed, temperature, top_k, top_p, guidance, override({}, option or []))
         record, file = pipeline.evaluate_samples(
             model, protocol=protocol or "efflite0", features=features or weights, data=data, split=split,
-            count=samples, settings=settings, out=out, device=device,
+            limit=limit, count=samples, settings=settings, out=out, device=device,
         )  # fmt: skip
         record.print(console)
         console.print(f"written to [bold]{file}[/bold]; nearest training pictures: {file.with_suffix('.png')}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import os
 import shlex
 import sys
 import time
@@ -48,8 +49,9 @@ from tessella.evaluation.distribution import (
     evaluate_distribution,
     evaluate_reconstruction_distribution,
     nearest_neighbours,
+    reference_features,
 )
-from tessella.evaluation.features import FeatureNetwork
+from tessella.evaluation.features import FeatureNetwork, Features
 from tessella.evaluation.protocols import EFFLITE0, find_protocol, load_adm_reference
 from tessella.evaluation.reconstruction import Pixels, ReconstructionRecord, evaluate_reconstruction
 from tessella.generate import SampleSettings, balanced, draw_batches, write_samples
@@ -532,8 +534,8 @@ def sample(
 
 def evaluate_samples(
     model: Path, *, protocol: str, features: Path | None, data: str | None = None, split: Split = "test",
-    count: int = 1000, settings: SampleSettings | None = None, batch_size: int = 64, out: Path | None = None,
-    device: str | None = None,
+    limit: int | None = None, count: int = 1000, settings: SampleSettings | None = None, batch_size: int = 64,
+    out: Path | None = None, device: str | None = None,
 ) -> tuple[DistributionRecord, Path]:  # fmt: skip
     """Judge ``count`` samples of a generator, balanced over its classes, against a data set; and write the record.
 
@@ -545,6 +547,7 @@ def evaluate_samples(
         protocol, features: as for :func:`evaluate_distribution_of_reconstructions`.
         data: the reference; by default what the tokenizer was trained on.
         split: part of it that is the reference.
+        limit: only its first so many pictures.
         count: samples.
         out: folder for both; the model's by default.
     """
@@ -552,7 +555,7 @@ def evaluate_samples(
     network = feature_network(protocol, features, place)
     generator, tokenizer = load_generator(model, device=place)
     dataset, section = _data_of(tokenizer, data, split=split, whole=False)
-    reference = network.extract(batch["x"] for batch in _batches(dataset, whole=False, limit=None, title="reference"))
+    reference = _features_of(dataset, network, limit)
     drawn: list[Tensor] = []
     started = time.monotonic()
     for batch in draw_batches(
@@ -572,12 +575,25 @@ def evaluate_samples(
     return record, file
 
 
+def _features_of(dataset: ImageDataset, network: FeatureNetwork, limit: int | None) -> Features:
+    """The features of real pictures, kept for the next time in the user's cache folder."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    total = len(dataset) if limit is None else min(limit, len(dataset))
+    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tessella"
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(f"features of {total} pictures", total=total)
+        return reference_features(
+            dataset, network, folder, num_images=limit and total, progress=lambda done: progress.update(task, completed=done)
+        )
+
+
 def _write_neighbours(
     file: Path, samples: Tensor, pool: Tensor, training: ImageDataset, network: FeatureNetwork, limit: int = 5000
 ) -> None:
     """A row for each sample: it, and the four training pictures whose features are nearest."""
-    batches = _batches(training, whole=False, limit=limit, title="training pictures")
-    known = network.extract(batch["x"] for batch in batches)
+    known = _features_of(training, network, limit)
     nearest = nearest_neighbours(pool, known.pool, k=4).indices
     rows = [
         torch.stack([picture, *(training[int(index)]["x"] for index in neighbours)])

@@ -190,6 +190,7 @@ def test_evaluation_and_report(trained: Path, monkeypatch: pytest.MonkeyPatch) -
     torch.manual_seed(0)
     network = FeatureNetwork(EFFLITE0, EfficientNetLite0())
     monkeypatch.setattr(pipeline, "feature_network", lambda *_: network)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(trained.parent / "cache"))
     assert run(monkeypatch, "evaluate", "run", "--samples", "12", "--split", "train") == 0
     record = json.loads((trained / "samples-efflite0.json").read_text())
     assert set(record["values"]) == {"FD-EffLite0", "IS-EffLite0", "precision-EffLite0", "recall-EffLite0"}

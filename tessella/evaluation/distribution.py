@@ -6,7 +6,6 @@ pixels it saw, both sets and their sizes. Numbers compare only where all of thes
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import time
@@ -17,13 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from tessella.checkpoint import write_bytes, write_text
+from tessella.checkpoint import write_text
 from tessella.data.base import Batch, ImageDataset, SkipBudget, evaluation_batches
 from tessella.distributed import all_reduce_sum
+from tessella.evaluation.cache import cached_tensors
 from tessella.evaluation.features import (
     FeatureCollector,
     FeatureNetwork,
@@ -44,7 +42,6 @@ logger = logging.getLogger("tessella")
 Metric = Literal["frechet", "score", "precision_recall"]
 
 _TILE = 2048  # rows and columns of the distances that exist at a time: 32 MiB of float64
-_CACHE_VERSION = 1
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------
@@ -438,23 +435,58 @@ def reference_statistics(
     """
 
     def pictures() -> Iterator[Tensor]:
-        batches = evaluation_batches(
-            dataset, batch_size=batch_size if dataset.crop_px else 1, num_workers=num_workers, limit=num_images
-        )
-        yield from pictures_of(_within_budget(batches), num_images)
+        yield from _pictures(dataset, batch_size, num_workers, num_images)
 
+    about = _about(pictures(), network)
+    cache = Path(cache_folder)
+    numbers = cached_tensors(cache, "reference", about, lambda: _streamed(pictures(), network, progress))
+    return ReferenceStatistics(
+        name, numbers["mean"], numbers["covariance"], about["num_images"], about["fingerprint"], network.describe()
+    )
+
+
+def reference_features(
+    dataset: ImageDataset,
+    network: FeatureNetwork,
+    cache_folder: str | Path,
+    *,
+    batch_size: int = 64,
+    num_images: int | None = None,
+    num_workers: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> Features:
+    """The features of a data set, which precision, recall and neighbours need, cached as :func:`reference_statistics`.
+
+    Memory and the file grow with the set: D + V numbers a picture.
+
+    Args and errors: as for :func:`reference_statistics`.
+    """
+
+    def pictures() -> Iterator[Tensor]:
+        yield from _pictures(dataset, batch_size, num_workers, num_images)
+
+    def extract() -> dict[str, Tensor]:
+        features = network.extract(pictures(), progress=progress)
+        return {"pool": features.pool, "logits": features.logits}
+
+    about = _about(pictures(), network)
+    numbers = cached_tensors(Path(cache_folder), "features", about, extract)
+    found = PictureSet(about["num_images"], about["sizes"], about["fingerprint"])
+    return Features(numbers["pool"], numbers["logits"], found, network.describe())
+
+
+def _pictures(dataset: ImageDataset, batch_size: int, num_workers: int, num_images: int | None) -> Iterator[Tensor]:
+    size = batch_size if dataset.crop_px else 1
+    batches = evaluation_batches(dataset, batch_size=size, num_workers=num_workers, limit=num_images)
+    yield from pictures_of(_within_budget(batches), num_images)
+
+
+def _about(pictures: Iterable[Tensor], network: FeatureNetwork) -> dict[str, Any]:
+    """What a cache file belongs to: these very pictures, and the network with its protocol."""
     counter = PictureCounter()
-    for x in pictures():
+    for x in pictures:
         counter.update(x)
-    found = counter.picture_set()
-    about = {"version": _CACHE_VERSION, "network": network.describe(), **asdict(found)}
-    file = Path(cache_folder) / f"reference-{_digest(json.dumps(about, sort_keys=True).encode())}.safetensors"
-    statistics = _read_cache(file, about)
-    if statistics is None:
-        statistics = _streamed(pictures(), network, progress)
-        _write_cache(file, about, *statistics)
-    mean, covariance = statistics
-    return ReferenceStatistics(name, mean, covariance, found.num_images, found.fingerprint, network.describe())
+    return {"network": network.describe(), **asdict(counter.picture_set())}
 
 
 def _within_budget(batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -467,48 +499,13 @@ def _within_budget(batches: Iterable[Batch]) -> Iterator[Batch]:
 
 def _streamed(
     pictures: Iterable[Tensor], network: FeatureNetwork, progress: Callable[[int], None] | None
-) -> tuple[Tensor, Tensor]:
+) -> dict[str, Tensor]:
     statistics = FeatureStatistics(network.dim)
     for x in pictures:
         statistics.update(network(x).pool)
         if progress is not None:
             progress(statistics.num_samples)
-    return statistics.mean, statistics.covariance
-
-
-def _write_cache(file: Path, about: dict[str, Any], mean: Tensor, covariance: Tensor) -> None:
-    text = json.dumps(about, sort_keys=True)
-    metadata = {"tessella": json.dumps({"about": text, "digest": _cache_digest(text, mean, covariance)})}
-    write_bytes(file, save({"mean": mean, "covariance": covariance.contiguous()}, metadata))
-
-
-def _read_cache(file: Path, about: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
-    """The mean and covariance in a file; None where there is none, or none that can be trusted."""
-    if not file.is_file():
-        return None
-    try:
-        with safe_open(file, framework="pt") as reader:
-            header = json.loads((reader.metadata() or {})["tessella"])
-            mean, covariance = reader.get_tensor("mean"), reader.get_tensor("covariance")
-        if header["about"] != json.dumps(about, sort_keys=True):
-            raise ValueError("it is of other pictures or another network")
-        if header["digest"] != _cache_digest(header["about"], mean, covariance):
-            raise ValueError("its numbers do not have the checksum they were written with")
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        logger.warning("the reference statistics in %s are damaged (%s) and are computed again", file, error)
-        return None
-    return mean, covariance
-
-
-def _cache_digest(about: str, mean: Tensor, covariance: Tensor) -> str:
-    return _digest(about.encode(), *(value.contiguous().numpy() for value in (mean, covariance)))
-
-
-def _digest(*parts: Any) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()[:16]
+    return {"mean": statistics.mean, "covariance": statistics.covariance}
 
 
 # --- the record -------------------------------------------------------------------------------------------------------
