@@ -71,6 +71,7 @@ EVALUATION = "evaluation.json"
 EFFLITE0_WEIGHTS = "efficientnet_lite0.fp16.safetensors"
 _EVALUATION_BATCH = 64
 _PICTURES_SHOWN = 12
+_QUICKSTART_GUIDANCE = "1.5"
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -741,8 +742,9 @@ def quickstart(out: Path, *, device: str | None = None) -> dict[str, float]:
     before = time.monotonic()
     generator = train("photos_generator", tokenizer=run, out=out / "generator", device=device)
     trained = time.monotonic() - before
-    sample(generator, out / "samples", count=80, device=device)
-    section, images_per_second = show_samples(generator, device=device)
+    settings = SampleSettings(guidance=_QUICKSTART_GUIDANCE)
+    sample(generator, out / "samples", count=80, settings=settings, device=device)
+    section, images_per_second = show_samples(generator, settings=settings, device=device)
     page = report(run, out=out, device=device, command="tessella quickstart", sections=[section])
     record = json.loads((out / EVALUATION).read_text(encoding="utf-8"))
     results = {
