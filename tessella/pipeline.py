@@ -591,7 +591,7 @@ def _features_of(dataset: ImageDataset, network: FeatureNetwork, limit: int | No
 
 
 def _write_neighbours(
-    file: Path, samples: Tensor, pool: Tensor, training: ImageDataset, network: FeatureNetwork, limit: int = 5000
+    file: Path, samples: Tensor, pool: Tensor, training: ImageDataset, network: FeatureNetwork, limit: int = 2000
 ) -> None:
     """A row for each sample: it, and the four training pictures whose features are nearest."""
     known = _features_of(training, network, limit)

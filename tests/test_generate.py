@@ -215,3 +215,19 @@ def test_a_sample_is_a_function_of_its_number(trained: Path) -> None:
     torch.testing.assert_close(alone[0], together[1])
     other = draw(generator, tokenizer, labels=[1], numbers=[5], settings=SampleSettings(seed=1))
     assert not torch.equal(alone, other)
+
+
+def test_quickstart_in_miniature(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("skimage")
+    train = pipeline.train
+    short = ["training.steps=2", "training.batch_size=2", "training.ema_decay=0.5"]
+    monkeypatch.setattr(pipeline, "train", lambda recipe, **given: train(recipe, overrides=short, **given))
+    results = pipeline.quickstart(Path("out"), device="cpu")
+    assert set(results) == {
+        "psnr_db", "ssim", "bits_per_pixel", "usage", "perplexity", "generator_seconds", "images_per_second", "seconds",
+    }  # fmt: skip
+    assert json.loads(Path("out/results.json").read_text()) == results
+    page = Path("out/report.html").read_text()
+    assert "Generated pictures" in page
+    assert "astronaut" in page
+    assert len(list(Path("out/samples").glob("0*.png"))) == 80
