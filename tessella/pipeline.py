@@ -586,7 +586,11 @@ def _features_of(dataset: ImageDataset, network: FeatureNetwork, limit: int | No
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(f"features of {total} pictures", total=total)
         return reference_features(
-            dataset, network, folder, num_images=limit and total, progress=lambda done: progress.update(task, completed=done)
+            dataset,
+            network,
+            folder,
+            num_images=limit and total,
+            progress=lambda done: progress.update(task, completed=done),
         )
 
 
