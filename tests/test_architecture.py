@@ -13,9 +13,9 @@ PACKAGE = Path(tessella.__file__).parent
 
 # Every module or folder may import those of lower rank, and its own folder.
 RANKS = {
-    "config": 0, "distributed": 0, "extras": 0, "ops": 0,
-    "quantizers": 1, "autoencoders": 1, "transformer": 1,
-    "tokenizer": 2, "conditioners": 2,
+    "config": 0, "distributed": 0, "extras": 0, "ops": 0, "transformer": 0,
+    "quantizers": 1, "autoencoders": 1, "conditioners": 1,
+    "tokenizer": 2,
     "generators": 3,
     "checkpoint": 4,
     "data": 5, "losses": 5,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tessella.autoencoders.base import Autoencoder
+from tessella.transformer import Transformer
 
 
 class ViT(Autoencoder):
@@ -161,34 +162,10 @@ class ViT(Autoencoder):
             )
 
 
-class Block(nn.Module):
-    """Self-attention and a perceptron, each on normalised tokens and beside the identity."""
-
-    def __init__(self, width: int, num_heads: int, mlp_ratio: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.norm1 = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj_out = nn.Linear(width, width)
-        self.norm2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, mlp_ratio * width), nn.GELU(), nn.Linear(mlp_ratio * width, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, N, width]`` to the same."""
-        x = x + self._attention(self.norm1(x))
-        out: Tensor = x + self.mlp(self.norm2(x))
-        return out
-
-    def _attention(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [B, N, 3, heads, features]
-        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
-        mixed: Tensor = self.proj_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return mixed
-
-
-def _stack(width: int, depth: int, num_heads: int, mlp_ratio: int) -> nn.Sequential:
-    # Not nn.TransformerEncoder: its inference path rounds differently, so tokens would depend on whether gradients are.
-    return nn.Sequential(*(Block(width, num_heads, mlp_ratio) for _ in range(depth)), nn.LayerNorm(width))
+def _stack(width: int, depth: int, num_heads: int, mlp_ratio: int) -> Transformer:
+    return Transformer(
+        width, depth, num_heads, hidden=mlp_ratio * width, norm="layer", activation="gelu", bias=True, causal=False
+    )
 
 
 def sincos_positions(height: int, width: int, dim: int, *, like: Tensor) -> Tensor:

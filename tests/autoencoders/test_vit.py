@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tessella.autoencoders import Conv, ViT
-from tessella.autoencoders.vit import Block, sincos_positions
+from tessella.autoencoders.vit import sincos_positions
 from tessella.config import build, spec_of
 from tessella.quantizers import FSQ
 from tessella.tokenizer import Tokenizer
@@ -144,22 +144,6 @@ def test_last_layer_is_the_last_weight_on_the_way_to_the_picture(model: ViT | Co
     silent = model.decode(model.encode(pictures(1, 3, 16, 16)))
     assert x_hat.std() > 0
     assert silent.flatten(2).std(2).max() == 0  # nothing else reaches the picture
-
-
-def test_block_is_torchs_pre_norm_encoder_layer() -> None:
-    torch.manual_seed(0)
-    block = Block(12, 3, 2).double()
-    oracle = nn.TransformerEncoderLayer(
-        12, 3, 24, dropout=0.0, activation="gelu", batch_first=True, norm_first=True, dtype=torch.float64
-    )
-    names = {
-        "self_attn.in_proj_": "qkv.", "self_attn.out_proj.": "proj_out.", "linear1.": "mlp.0.", "linear2.": "mlp.2.",
-        "norm1.": "norm1.", "norm2.": "norm2.",
-    }  # fmt: skip
-    state = block.state_dict()
-    oracle.load_state_dict({a + kind: state[b + kind] for a, b in names.items() for kind in ("weight", "bias")})
-    x = torch.randn(2, 7, 12, dtype=torch.float64)
-    torch.testing.assert_close(block(x), oracle(x))
 
 
 def test_positions_by_hand() -> None:
