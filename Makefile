@@ -20,9 +20,8 @@ format: $(VENV)/.developer
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.developer
-	$(BIN)/python benchmarks/quantizers.py
-	$(BIN)/python benchmarks/large_codebook.py
+bench: $(VENV)/.benchmarks
+	for each in quantizers large_codebook train_step linear sampling; do $(BIN)/python benchmarks/$$each.py || exit 1; done
 
 $(VENV)/.user: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -31,6 +30,10 @@ $(VENV)/.user: pyproject.toml constraints.txt
 
 $(VENV)/.developer: $(VENV)/.user
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(VENV)/.benchmarks: $(VENV)/.developer
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[bench]'
 	touch $@
 
 clean:

@@ -161,20 +161,42 @@ class StaticKVCache(KVCache):
 
 
 class Linear(nn.Linear):
-    """nn.Linear, faster for one or two rows on the CPU: a step of sampling, whose time is that of reading the weights.
+    """nn.Linear, faster without gradients on the CPU: a step of sampling, whose time is that of reading the weights.
 
-    With weights [N, D] and rows [R, D] the BLAS computes W x^T of two columns at the speed of the memory and on all
-    threads; as x W^T it takes 2.5 times as long with two rows (MKL on an AMD EPYC), and one thread with one row.
+    With weights W [N, D] and rows X [R, D] there are three ways, each faster than the others somewhere
+    (``benchmarks/linear.py``): the BLAS computes W X^T of two columns at the speed of the memory and on all threads,
+    where X W^T takes one thread or twice the time; oneDNN is faster than the BLAS from three rows on; and gradients
+    are the default's alone.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., out]`` of ``[..., in]``."""
-        rows = x.numel() // self.in_features
-        if rows not in (1, 2) or x.device.type != "cpu" or torch.compiler.is_compiling():
+        dtypes = {x.dtype, self.weight.dtype}
+        if (
+            torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
+            or x.device.type != "cpu" or dtypes != {torch.float32} or not x.numel()
+        ):  # fmt: skip
             return super().forward(x)
-        columns = x.reshape(rows, -1).expand(2, -1).contiguous().t()
-        out = torch.mm(self.weight, columns).t()[:rows].contiguous()
-        return (out if self.bias is None else out + self.bias).view(*x.shape[:-1], -1)
+        rows = x.reshape(-1, self.in_features)
+        if len(rows) > 2 and torch.backends.mkldnn.is_available():
+            out = functional.linear(rows.to_mkldnn(), self.weight, self.bias).to_dense()
+        elif len(rows) > 2:
+            return super().forward(x)
+        else:
+            columns = rows.expand(2, -1).contiguous().t()
+            out = torch.mm(self.weight, columns).t()[: len(rows)].contiguous()
+            out = out if self.bias is None else out + self.bias
+        return out.view(*x.shape[:-1], -1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: float, is_causal: bool) -> Tensor:
+    """Attention ``[B, heads, L, head]`` of ``q`` to ``k`` and ``v``."""
+    if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        # The CPU's gradient in bfloat16 takes over three times that in float32 (benchmarks/linear.py).
+        with torch.autocast("cpu", enabled=False):
+            q, k, v = q.float(), k.float(), v.float()
+            return functional.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=is_causal)
+    return functional.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=is_causal)
 
 
 class SelfAttention(nn.Module):
@@ -200,9 +222,8 @@ class SelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(layer, k, v)
             mask = cache.mask
-        attended = functional.scaled_dot_product_attention(
-            q, k, v, mask, self.dropout if self.training else 0.0, is_causal=self.causal and cache is None
-        )
+        dropout = self.dropout if self.training else 0.0
+        attended = attend(q, k, v, mask, dropout=dropout, is_causal=self.causal and cache is None)
         out: Tensor = self.out(attended.transpose(1, 2).flatten(2))
         return out
 
@@ -227,7 +248,7 @@ class CrossAttention(nn.Module):
 
         k, v = remembered(cache, f"context.{layer}", keys_and_values)
         q = self.q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        attended = functional.scaled_dot_product_attention(q, k, v, None, self.dropout if self.training else 0.0)
+        attended = attend(q, k, v, None, dropout=self.dropout if self.training else 0.0, is_causal=False)
         out: Tensor = self.out(attended.transpose(1, 2).flatten(2))
         return out
 

@@ -98,6 +98,28 @@ def test_linear_of_any_number_of_rows(shape: tuple[int, ...], bias: bool) -> Non
     assert ours(vectors()).shape == (7,)
 
 
+@pytest.mark.parametrize("mkldnn", [True, False])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(), (0, 1), (1,), (2,), (1, 2), (3,), (2, 17), (300,)])
+def test_linear_without_gradients(
+    shape: tuple[int, ...], bias: bool, mkldnn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: mkldnn)
+    torch.manual_seed(0)
+    layer = Linear(DIM, 7, bias=bias)
+    x = vectors(*shape)
+    expected = torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
+    with torch.no_grad():
+        out = layer(x)
+        strided = layer(x[..., None].expand(*x.shape, 2)[..., 0])
+        halves = layer.bfloat16()(x.bfloat16())
+    assert out.is_contiguous()
+    assert out.layout is torch.strided
+    torch.testing.assert_close(out.double(), expected.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(strided, out)
+    assert halves.dtype is torch.bfloat16
+
+
 @pytest.mark.parametrize("post_norm", [False, True])
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
 def test_is_torchs_encoder(post_norm: bool, activation: Any) -> None:

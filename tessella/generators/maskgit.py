@@ -16,7 +16,7 @@ from tessella.generators.base import Generator, Guidance, Loss
 from tessella.generators.sampling import check_guidance, check_settings, choose, guided, inference, uniforms
 from tessella.generators.schedules import group_ends, low_discrepancy_order, num_remasked, random_masks
 from tessella.tokenizer import TokenSpace
-from tessella.transformer import Transformer
+from tessella.transformer import Linear, Transformer
 
 # FSQ's bound on r: at least the share cos(pi/2 (1 - r)) = 0.45 of the tokens is hidden, 0.809 on average.
 _MIN_MASK_RATIO = 1 - 2 * math.acos(0.45) / math.pi
@@ -102,7 +102,7 @@ class MaskGIT(Generator):
             dropout=dropout,
             attention_dropout=attention_dropout,
         )
-        self.head = nn.Sequential(nn.Linear(dim, dim), nn.GELU(approximate="tanh"), nn.LayerNorm(dim, eps=_NORM_EPS))
+        self.head = nn.Sequential(Linear(dim, dim), nn.GELU(approximate="tanh"), nn.LayerNorm(dim, eps=_NORM_EPS))
         # [N]: where the codes of each position's codebook begin in the table.
         first_row = torch.arange(space.sequence_length) % space.num_codebooks * space.codebook_size
         self.register_buffer("first_row", first_row, persistent=False)
