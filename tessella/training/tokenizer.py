@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tessella.data.base import Batch
+from tessella.evaluation.reconstruction import psnr
 from tessella.losses.adversarial import Adversary
 from tessella.losses.perceptual import LPIPS, Network
 from tessella.tokenizer import Tokenizer
@@ -86,7 +87,8 @@ class TokenizerStep(Step):
         x_hat = out.x_hat.float()
         l1, l2 = (x_hat - x).abs().mean(), (x_hat - x).square().mean()
         terms = {"pixels": self.l1_weight * l1 + self.l2_weight * l2}
-        metrics = {"l1": l1.detach(), "l2": l2.detach(), "psnr_db": psnr(l2.detach()), **out.quantized.metrics}
+        # psnr is of pictures in [0, 1]; these span 2.
+        metrics = {"l1": l1.detach(), "l2": l2.detach(), "psnr_db": psnr(l2.detach() / 4), **out.quantized.metrics}
         if self.lpips is not None:
             lpips = self.lpips(x, x_hat).mean()
             terms["lpips"] = self.perceptual_weight * lpips
@@ -106,8 +108,3 @@ class TokenizerStep(Step):
         """Originals and, below each row of them, reconstructions."""
         x = batch["x"][:8]
         return torch.cat([x, model(x).x_hat.float().clamp(-1, 1)])
-
-
-def psnr(l2: Tensor) -> Tensor:
-    """Decibels of a mean squared error; the signal spans 2, so its peak squared is 4."""
-    return 10 * (4 / l2.clamp(min=1e-12)).log10()

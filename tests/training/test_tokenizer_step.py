@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,11 @@ from conftest import tiny_tokenizer
 from torch import Tensor
 
 from tessella.config import ConfigError
-from tessella.data.base import Batch, ImageDataset
+from tessella.data.base import Batch, ImageDataset, training_batches
 from tessella.losses.adversarial import Adversary
 from tessella.training.logs import read_log
 from tessella.training.loop import Loop
-from tessella.training.tokenizer import TokenizerStep, psnr
+from tessella.training.tokenizer import TokenizerStep
 
 CPU = torch.device("cpu")
 
@@ -57,10 +58,6 @@ def batch(count: int = 4) -> Batch:
     return Batch(x=x, label=torch.zeros(count), key=[], skipped=[])
 
 
-def test_psnr_by_hand() -> None:
-    assert psnr(torch.tensor(0.04)).item() == pytest.approx(20.0)  # peak 2, so 4 / 0.04 = 100
-
-
 def test_the_loss_is_the_sum_of_its_terms() -> None:
     step = game(weight=0.3)
     step.l1_weight = 0.5
@@ -85,11 +82,12 @@ def test_both_networks_train_and_both_norms_are_logged(tmp_path: Path) -> None:
 
 
 def test_the_logged_norm_of_a_term_is_that_of_its_gradient_at_the_reconstruction(tmp_path: Path) -> None:
-    step = game()
-    out = step.train()(batch())
-    (expected,) = torch.autograd.grad(out.terms["pixels"], out.meeting_point, retain_graph=True)
-    error = out.meeting_point.detach() - batch()["x"]
-    torch.testing.assert_close(expected, 2 * error / error.numel())
+    first = next(training_batches(Smooth(), batch_size=4, seed=0))
+    x_hat = game().train().model(first["x"]).x_hat
+    expected = 2 * (x_hat - first["x"]).norm().item() / x_hat.numel()
+    loop(steps=1).run(game(), Smooth(), tmp_path, device=CPU)
+    (row,) = read_log(tmp_path / "log.jsonl")
+    assert row["grad_norm/pixels"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_before_its_start_the_discriminator_rests(tmp_path: Path) -> None:
@@ -129,6 +127,19 @@ def test_a_game_continues_with_the_same_bits(tmp_path: Path) -> None:
     loop(steps=2, **settings).run(first, Smooth(), tmp_path / "parts", device=CPU)
     loop(steps=4, **settings).run(second, Smooth(), tmp_path / "parts", device=CPU)
     torch.testing.assert_close(whole.state_dict(), second.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # inside torch.compile
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_a_compiled_game_gives_the_same_losses(tmp_path: Path) -> None:
+    for compiled in (False, True):
+        loop(steps=2, compile=compiled).run(game(), Smooth(), tmp_path / str(compiled), device=CPU)
+    eager, fast = (read_log(tmp_path / str(compiled) / "log.jsonl") for compiled in (False, True))
+    for one, other in zip(eager, fast, strict=True):
+        for name, value in one.items():
+            if not name.startswith(("seconds", "images_per_s")):
+                assert other[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
 
 
 def test_overfitting_one_batch(tmp_path: Path) -> None:
