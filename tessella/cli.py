@@ -139,7 +139,8 @@ def evaluate(
         Path | None, typer.Option(help="Weights of the protocol's network; default for efflite0: in --weights.")
     ] = None,
     reference: Annotated[
-        Path | None, typer.Option(help="A published reference .npz (mu, sigma) instead of the originals.")
+        str | None,
+        typer.Option(help="'train' or 'test' of the data, or a published .npz (mu, sigma), instead of the originals."),
     ] = None,
     samples: Annotated[int, typer.Option(min=2, help="Samples of a generator to judge.")] = 1000,
     temperature: Temperature = 1.0,
@@ -154,11 +155,15 @@ def evaluate(
     """Measure reconstructions (PSNR, SSIM, LPIPS, usage, rFID) or samples, with the protocol beside the numbers."""
     if pipeline.is_generator(model):
         settings = SampleSettings(seed, temperature, top_k, top_p, guidance, override({}, option or []))
-        record, file = pipeline.evaluate_samples(
+        record, rates, file = pipeline.evaluate_samples(
             model, protocol=protocol or "efflite0", features=features or weights, data=data, split=split,
-            limit=limit, count=samples, settings=settings, out=out, device=device,
+            limit=limit, reference=reference, count=samples, settings=settings, out=out, device=device,
         )  # fmt: skip
         record.print(console)
+        console.print(
+            f"{rates.bits_per_token:.3f} of {rates.log2_codebook_size:.3f} bits per token of real pictures; sampling "
+            f"{rates.images_per_second:.1f} images/s, {rates.tokens_per_second:.0f} tokens/s"
+        )
         console.print(f"written to [bold]{file}[/bold]; nearest training pictures: {file.with_suffix('.png')}")
         return
     result, file = pipeline.evaluate(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,8 +23,6 @@ from tessella.generators.guidance import parse_guidance
 from tessella.generators.sampling import generators
 from tessella.report import save_image_grid
 from tessella.tokenizer import Tokenizer
-
-logger = logging.getLogger("tessella")
 
 SETTINGS = "samples.json"
 GRID = "grid.png"
@@ -52,15 +49,6 @@ class SampleSettings:
     top_p: float | None = None
     guidance: str = "1"
     options: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Some pictures ``[B, 3, H, W]`` in [-1, 1], the first of which is sample number ``start``; their classes."""
-
-    start: int
-    pictures: Tensor
-    labels: Sequence[int] | None
 
 
 def draw(
@@ -121,12 +109,12 @@ def draw_batches(
     count: int,
     settings: SampleSettings,
     batch_size: int,
-) -> Iterator[Samples]:
-    """Samples 0 to ``count`` in batches."""
+) -> Iterator[Tensor]:
+    """The pictures of samples 0 to ``count``, in batches on the CPU."""
     for start in range(0, count, batch_size):
         numbers = range(start, min(start + batch_size, count))
         classes = None if labels is None else [labels[number] for number in numbers]
-        yield Samples(start, draw(generator, tokenizer, labels=classes, numbers=numbers, settings=settings), classes)
+        yield draw(generator, tokenizer, labels=classes, numbers=numbers, settings=settings).cpu()
 
 
 def balanced(num_classes: int, count: int) -> list[int]:

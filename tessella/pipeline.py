@@ -5,14 +5,16 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import math
 import os
 import shlex
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import asdict
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import get_args
+from typing import cast, get_args
 
 import torch
 from torch import Tensor
@@ -20,12 +22,11 @@ from torch import Tensor
 from tessella.checkpoint import (
     RECIPE,
     TOKENIZER,
-    WEIGHTS,
     fingerprint,
+    latest_checkpoint,
     load,
     load_generator,
     load_recipe,
-    load_weights,
     model_folder,
     write_text,
 )
@@ -34,6 +35,7 @@ from tessella.config import (
     Spec,
     build_section,
     differences,
+    find,
     override,
     read_recipe,
     resolve_recipe,
@@ -43,13 +45,17 @@ from tessella.data._variants import Variants
 from tessella.data.base import Batch, DataError, ImageDataset, Samples, SkipBudget, Split, evaluation_batches
 from tessella.data.token_shards import TokenShards
 from tessella.data.tokens import MANIFEST, TokenRow, TokenWriter, read_tokens
+from tessella.evaluation.compression import compression_cost
 from tessella.evaluation.distribution import (
     DistributionRecord,
     DistributionSettings,
+    Metric,
+    ReferenceStatistics,
     evaluate_distribution,
     evaluate_reconstruction_distribution,
     nearest_neighbours,
     reference_features,
+    reference_statistics,
 )
 from tessella.evaluation.features import FeatureNetwork, Features
 from tessella.evaluation.protocols import EFFLITE0, find_protocol, load_adm_reference
@@ -102,7 +108,7 @@ def train(
         data: replaces the recipe's data set; see :func:`data_section`.
         tokenizer: whose tokens a generator learns; see :func:`tessella.load`.
         weights: folder with the weights of perceptual metrics, for recipes with such a loss.
-        init: a model whose weights the training starts from.
+        init: a model whose weights the training starts from; ``training.init`` of the recipe.
         out: folder of the run; ``runs/<recipe>`` if None.
         overrides: ``"section.key=value"``.
         overfit_batch: learn one batch by heart, a first check of any recipe, in ``runs/<recipe>-overfit``.
@@ -119,6 +125,8 @@ def train(
     raw = override(read_recipe(recipe), overrides)
     if data is not None:
         raw["data"] = data_section(raw.get("data", {}), data)
+    if init is not None:
+        raw["training"] = {**raw.get("training", {}), "init": str(init)}
     if overfit_batch:
         raw["training"] = {**raw.get("training", {}), "overfit_batch": True}
     folder = out or Path("runs") / (Path(recipe).stem + ("-overfit" if overfit_batch else ""))
@@ -128,8 +136,6 @@ def train(
     loop: Loop = build_section(resolved, "training")
     torch.manual_seed(loop.seed)
     step = make_step(resolved)
-    if init is not None:
-        load_weights(step.model, model_folder(init) / WEIGHTS)
     dataset: Samples = build_section(resolved, "data", split="train")
     loop.run(step, dataset, folder, device=pick_device(device), show=None if quiet else save_image_grid, quiet=quiet)
     return folder
@@ -179,7 +185,8 @@ def _prepare_generator(
             source.save(copy)
         generator: Generator = build_section(recipe, "generator", space=build_section(recipe, "space"))
         generator.recipe = recipe
-        if type(generator).fit_codebook is not Generator.fit_codebook:  # a codebook may be too large to be built
+        # A codebook may be too large to be built, and a checkpoint holds what was made of it.
+        if type(generator).fit_codebook is not Generator.fit_codebook and latest_checkpoint(folder) is None:
             generator.fit_codebook(source.quantizer.codebook, seed=recipe["training"]["seed"])
         return GeneratorStep(generator, source)
 
@@ -430,7 +437,7 @@ def feature_network(protocol: str, weights: Path | None, device: torch.device) -
 
 def evaluate_distribution_of_reconstructions(
     model: Path, *, protocol: str, features: Path | None, data: str | None = None, split: Split = "test",
-    limit: int | None = None, whole: bool = False, reference: Path | None = None, out: Path | None = None,
+    limit: int | None = None, whole: bool = False, reference: str | None = None, out: Path | None = None,
     device: str | None = None,
 ) -> tuple[DistributionRecord, Path]:  # fmt: skip
     """Frechet distance and score of a tokenizer's reconstructions under ``protocol``, and write the record.
@@ -439,7 +446,8 @@ def evaluate_distribution_of_reconstructions(
         model, data, split, limit, whole, device: as for :func:`tokenize`.
         protocol: see :data:`tessella.evaluation.protocols.PROTOCOLS`.
         features: weights of its network, see :func:`feature_network`.
-        reference: a published reference ``.npz``; the originals of the reconstructions by default.
+        reference: ``train`` or ``test``, all pictures of that part of the data set, or a published reference
+            ``.npz``; by default the originals of the reconstructions.
         out: folder for ``distribution-PROTOCOL.json``; the model's by default.
     """
     place = pick_device(device)
@@ -455,10 +463,22 @@ def evaluate_distribution_of_reconstructions(
             tokenizer.decode(tokenizer.encode(x, pad=True), extent=x.shape[2:])
             for x in (batch["x"].to(place) for batch in batches)
         )
-        record = evaluate_distribution(rebuilt, load_adm_reference(reference), network)
+        statistics = _reference(reference, tokenizer, network, data=data, whole=whole)
+        record = evaluate_distribution(rebuilt, statistics, network)
     file = (out or _folder_of(model)) / f"distribution-{protocol}.json"
     record.write(file)
     return record, file
+
+
+def _reference(
+    reference: str, tokenizer: Tokenizer, network: FeatureNetwork, *, data: str | None, whole: bool
+) -> ReferenceStatistics:
+    """The statistics that ``reference`` names: a part of the data set, or a published file."""
+    if reference not in get_args(Split):
+        return load_adm_reference(reference)
+    dataset, section = _data_of(tokenizer, data, split=cast(Split, reference), whole=whole)
+    with _feature_progress(len(dataset)) as progress:
+        return reference_statistics(dataset, network, _cache(), name=_describe(section), progress=progress)
 
 
 def _folder_of(model: Path) -> Path:
@@ -533,76 +553,126 @@ def sample(
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Rates:
+    """What a generator's tokens cost.
+
+    Attributes:
+        bits_per_token: of real pictures; see :func:`tessella.evaluation.compression.compression_cost`.
+        log2_codebook_size: the same for a generator that knows nothing.
+        images_per_second, tokens_per_second: of sampling, decoding to pictures included.
+    """
+
+    bits_per_token: float
+    log2_codebook_size: float
+    images_per_second: float
+    tokens_per_second: float
+
+
 def evaluate_samples(
     model: Path, *, protocol: str, features: Path | None, data: str | None = None, split: Split = "test",
-    limit: int | None = None, count: int = 1000, settings: SampleSettings | None = None, batch_size: int = 64,
-    out: Path | None = None, device: str | None = None,
-) -> tuple[DistributionRecord, Path]:  # fmt: skip
+    limit: int | None = None, reference: str | None = None, count: int = 1000, settings: SampleSettings | None = None,
+    batch_size: int = 64, out: Path | None = None, device: str | None = None,
+) -> tuple[DistributionRecord, Rates, Path]:  # fmt: skip
     """Judge ``count`` samples of a generator, balanced over its classes, against a data set; and write the record.
 
-    Frechet distance, score, precision and recall go into ``samples-PROTOCOL.json``; the training pictures nearest to
-    some samples, a check for memorised ones, into a PNG of the same name.
+    Frechet distance, score, precision and recall go into ``samples-PROTOCOL.json``, with the rate of sampling and the
+    bits that the generator needs for a token of real pictures; the training pictures nearest to some samples, a check
+    for memorised ones, into a PNG of the same name.
 
     Args:
         model, settings, batch_size, device: as for :func:`sample`.
         protocol, features: as for :func:`evaluate_distribution_of_reconstructions`.
-        data: the reference; by default what the tokenizer was trained on.
-        split: part of it that is the reference.
-        limit: only its first so many pictures.
+        data: the real pictures; by default what the tokenizer was trained on.
+        split: part of them that the samples are held against.
+        limit: only its first so many pictures, and so many training pictures as candidates for the nearest.
+        reference: as for :func:`evaluate_distribution_of_reconstructions`, whose statistics give no precision and
+            recall; the pictures of ``split`` by default.
         count: samples.
         out: folder for both; the model's by default.
+
+    Returns:
+        The record, bits and rates, and the file that holds them.
     """
     place = pick_device(device)
     network = feature_network(protocol, features, place)
     generator, tokenizer = load_generator(model, device=place)
     dataset, section = _data_of(tokenizer, data, split=split, whole=False)
-    reference = _features_of(dataset, network, limit)
-    drawn: list[Tensor] = []
+    bits = compression_cost(generator, _token_batches(generator, tokenizer, dataset, limit))
+    against: Features | ReferenceStatistics
+    metrics: tuple[Metric, ...] = ("frechet", "score")
+    if reference is None:
+        against, metrics = _features_of(dataset, network, limit), (*metrics, "precision_recall")
+    else:
+        against = _reference(reference, tokenizer, network, data=data, whole=False)
+    settings = settings or SampleSettings()
     started = time.monotonic()
-    for batch in draw_batches(
-        generator, tokenizer, labels=_labels(generator, (), count), count=count,
-        settings=settings or SampleSettings(), batch_size=batch_size,
-    ):  # fmt: skip
-        drawn.append(batch.pictures.cpu())
+    drawn = list(
+        draw_batches(
+            generator, tokenizer, labels=_labels(generator, (), count), count=count, settings=settings,
+            batch_size=batch_size,
+        )
+    )  # fmt: skip
     seconds = time.monotonic() - started
     sampled = network.extract(drawn)
-    metrics = DistributionSettings(metrics=("frechet", "score", "precision_recall"))
-    record = evaluate_distribution(sampled, reference, network, settings=metrics, reference_name=_describe(section))
+    record = evaluate_distribution(
+        sampled, against, network, settings=DistributionSettings(metrics=metrics), reference_name=_describe(section)
+    )
     file = (out or _folder_of(model)) / f"samples-{protocol}.json"
-    about = {"images_per_second": count / seconds, **asdict(settings or SampleSettings())}
-    write_text(file, json.dumps({**record.to_dict(), "sampling": about}, indent=2, allow_nan=False) + "\n")
+    space = generator.space
+    rates = Rates(bits, math.log2(space.codebook_size), count / seconds, count * space.sequence_length / seconds)
+    contents = {**record.to_dict(), "rates": asdict(rates), "sampling": asdict(settings)}
+    write_text(file, json.dumps(contents, indent=2, allow_nan=False) + "\n")
     training, _ = _data_of(tokenizer, data, split="train", whole=False)
-    _write_neighbours(file.with_suffix(".png"), torch.cat(drawn[:1])[:8], sampled.pool[:8], training, network)
-    return record, file
+    _write_neighbours(file.with_suffix(".png"), torch.cat(drawn[:8])[:8], sampled.pool[:8], training, network, limit)
+    return record, rates, file
+
+
+def _token_batches(
+    generator: Generator, tokenizer: Tokenizer, dataset: ImageDataset, limit: int | None
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Tokens and conditions of the first ``limit`` pictures."""
+    step = GeneratorStep(generator, tokenizer).eval()
+    for batch in _batches(dataset, whole=False, limit=limit, title="bits per token"):
+        yield step.tokens_and_condition(batch)
+
+
+def _cache() -> Path:
+    """The user's folder of features that are computed once."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tessella"
+
+
+@contextmanager
+def _feature_progress(total: int) -> Iterator[Callable[[int], None]]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(f"features of {total} pictures", total=total)
+        yield lambda done: progress.update(task, completed=done)
 
 
 def _features_of(dataset: ImageDataset, network: FeatureNetwork, limit: int | None) -> Features:
     """The features of real pictures, kept for the next time in the user's cache folder."""
-    from rich.console import Console
-    from rich.progress import Progress
-
     total = len(dataset) if limit is None else min(limit, len(dataset))
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tessella"
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(f"features of {total} pictures", total=total)
-        return reference_features(
-            dataset,
-            network,
-            folder,
-            num_images=limit and total,
-            progress=lambda done: progress.update(task, completed=done),
-        )
+    with _feature_progress(total) as progress:
+        return reference_features(dataset, network, _cache(), num_images=limit and total, progress=progress)
 
 
 def _write_neighbours(
-    file: Path, samples: Tensor, pool: Tensor, training: ImageDataset, network: FeatureNetwork, limit: int = 2000
+    file: Path, samples: Tensor, pool: Tensor, training: ImageDataset, network: FeatureNetwork, limit: int | None
 ) -> None:
     """A row for each sample: it, and the four training pictures whose features are nearest."""
     known = _features_of(training, network, limit)
-    nearest = nearest_neighbours(pool, known.pool, k=4).indices
+    nearest = nearest_neighbours(pool, known.pool, k=4).indices.tolist()
+    wanted = set(itertools.chain(*nearest))
+    # The features are those of these batches, which leave out what cannot be read.
+    batches = _batches(training, whole=False, limit=limit, title="nearest training pictures")
+    every = enumerate(x for batch in batches for x in batch["x"])
+    pictures = {number: x for number, x in every if number in wanted}
     rows = [
-        torch.stack([picture, *(training[int(index)]["x"] for index in neighbours)])
-        for picture, neighbours in zip(samples, nearest, strict=True)
+        torch.stack([sample, *(pictures[number] for number in numbers)])
+        for sample, numbers in zip(samples, nearest, strict=True)
     ]
     save_image_grid(torch.cat(rows), file, columns=5)
 
@@ -653,10 +723,10 @@ def _report_generator(model: Path, *, data: str | None, out: Path, device: str |
     started = time.monotonic()
     section, _ = show_samples(model, data=data, device=device)
     records = sorted(model.glob("samples-*.json"))
-    generator, _ = load_generator(model)
+    recipe = load_recipe(model_folder(model))
     return write_generator_report(
         out,
-        title=f"{type(generator).__name__} generator",
+        title=f"{find('generators', recipe['generator']['name']).__name__} generator",
         command=command,
         samples=section,
         log_rows=[_for_report(row) for row in read_log(model / LOG)],
@@ -684,12 +754,9 @@ def show_samples(
     shown = 1 if num_classes is None else min(num_classes, max_classes)
     labels = None if num_classes is None else [label for label in range(shown) for _ in range(per_class)]
     started = time.monotonic()
-    drawn = [
-        batch.pictures.cpu()
-        for batch in draw_batches(
-            generator, tokenizer, labels=labels, count=shown * per_class, settings=settings, batch_size=64
-        )
-    ]
+    drawn = list(
+        draw_batches(generator, tokenizer, labels=labels, count=shown * per_class, settings=settings, batch_size=64)
+    )
     seconds = time.monotonic() - started
     titles = [names[label] if names else f"class {label}" for label in range(shown)] if labels else ["pictures"]
     real = _pictures_of_classes(dataset, None if labels is None else shown, per_class)

@@ -166,3 +166,32 @@ def test_importing_the_package_loads_no_extra() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, env=single_threaded(), check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_distributions_of_reconstructions(workspace: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tessella.evaluation.backbones import EfficientNetLite0
+    from tessella.evaluation.features import FeatureNetwork
+    from tessella.evaluation.protocols import EFFLITE0
+
+    torch.manual_seed(0)
+    network = FeatureNetwork(EFFLITE0, EfficientNetLite0())
+    monkeypatch.setattr(pipeline, "feature_network", lambda *_: network)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(workspace / "cache"))
+    command = ("evaluate", "model", "--data", "pictures", "--split", "train")
+    records = {}
+    for name, more in {
+        "originals": ("--protocol", "efflite0"),
+        "train": ("--protocol", "efflite0", "--reference", "train"),
+        "test": ("--protocol", "ibq", "--reference", "test"),
+    }.items():
+        assert run(monkeypatch, *command, "--out", name, *more) == 0
+        (file,) = Path(name).glob("distribution-*.json")
+        assert file.name == f"distribution-{more[1]}.json"
+        records[name] = json.loads(file.read_text())
+    own, train, test = (records[name]["values"]["FD-EffLite0"]["value"] for name in records)
+    assert own == pytest.approx(train, rel=1e-6)  # the originals of the training part are all of it
+    assert abs(test - own) > 1e-3 * own
+    assert records["train"]["reference"]["name"].endswith("pictures, train")
+    pixels = {name: json.loads((Path(name) / "evaluation.json").read_text())["protocol"]["pixels"] for name in records}
+    assert pixels == {"originals": "uint8", "train": "uint8", "test": "truncated"}
+    assert run(monkeypatch, *command, "--protocol", "efflite0", "--reference", "nothing.npz") == 2

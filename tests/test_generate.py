@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -18,11 +19,13 @@ from PIL import Image
 from test_cli import run
 
 from tessella import pipeline
-from tessella.checkpoint import CheckpointError, load_generator, load_state, save_generator
+from tessella.checkpoint import CheckpointError, fingerprint, load_generator, load_recipe, load_state, save_generator
 from tessella.config import ConfigError
-from tessella.data.base import DataError
+from tessella.data.base import DataError, evaluation_batches
+from tessella.data.folder import Folder
 from tessella.data.token_shards import TokenShards
 from tessella.generate import SampleSettings, balanced, draw
+from tessella.training.logs import read_log
 
 RECIPE = """
 # A generator of seconds
@@ -85,7 +88,50 @@ def test_a_generator_continues_with_the_same_bits(ready: Path) -> None:
     assert weights[0] == weights[1]
 
 
-def test_shards_and_pictures_give_the_same_training(ready: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_generator_starts_from_the_weights_of_another(ready: Path) -> None:
+    settings = {"tokenizer": Path("tokenizer"), "device": "cpu", "quiet": True}
+    first = pipeline.train("generator.toml", out=Path("first"), **settings)  # type: ignore[arg-type]
+    still = ["training.steps=1", "training.lr=1e-30", "training.ema_decay=0.5"]
+    second = pipeline.train("generator.toml", init=first, out=Path("second"), overrides=still, **settings)  # type: ignore[arg-type]
+    weights = [load_generator(folder)[0].state_dict() for folder in (first, second)]
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+    assert load_recipe(second)["training"]["init"] == "first"
+    with pytest.raises(ConfigError, match=r"training.init: 'first' -> "):
+        pipeline.train("generator.toml", out=Path("second"), overrides=still, **settings)  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError):
+        pipeline.train("generator.toml", init=Path("nowhere"), out=Path("third"), **settings)  # type: ignore[arg-type]
+
+
+def test_clusters_are_made_once(ready: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = """
+num_clusters = 5
+coarse = {name = "ar", dim = 16, num_layers = 1, num_heads = 2}
+fine = {dim = 16, num_layers = 1, num_heads = 2}
+"""
+    text = RECIPE.replace('"ar"', '"coarse_to_fine"').replace("dim = 16\nnum_layers = 1\nnum_heads = 2\n", stages)
+    Path("ctf.toml").write_text(text)
+    settings = {"tokenizer": Path("tokenizer"), "out": Path("ctf"), "device": "cpu", "quiet": True}
+    folder = pipeline.train("ctf.toml", **settings)  # type: ignore[arg-type]
+    before = load_generator(folder)[0].state_dict()
+    shutil.rmtree(folder / "checkpoints/step-00000006")
+    with monkeypatch.context() as patch:
+        patch.setattr("tessella.generators.coarse_to_fine.CoarseToFine.fit_codebook", None)
+        pipeline.train("ctf.toml", **settings)  # type: ignore[arg-type]
+    torch.testing.assert_close(load_generator(folder)[0].state_dict(), before, rtol=0, atol=0)
+
+
+def test_one_batch_is_learned_by_heart_in_a_folder_of_its_own(ready: Path) -> None:
+    folder = pipeline.train(
+        "generator.toml", tokenizer=Path("tokenizer"), overfit_batch=True, device="cpu", quiet=True,
+        overrides=["training.steps=150", "training.lr=1e-2", "generator.dim=32"],
+    )  # fmt: skip
+    assert folder == Path("runs/generator-overfit")
+    losses = [row["loss/generator"] for row in read_log(folder / "log.jsonl")]
+    assert losses[0] == pytest.approx(math.log(125), abs=0.01)
+    assert losses[-1] < 0.1 * losses[0]
+
+
+def test_shards_replace_pictures(ready: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline.tokenize(Path("tokenizer"), Path("tokens"), split="train", device="cpu")
     shards = TokenShards(split="train", path="tokens")
     assert shards.class_names == ("class_0", "class_1")
@@ -162,6 +208,9 @@ def test_models_that_do_not_fit_are_refused(trained: Path) -> None:
         save_generator(generator, other, "bad")
     save_generator(generator, tokenizer, "good")
     assert pipeline.is_generator(Path("good"))
+    again, its_tokenizer = load_generator("good")
+    torch.testing.assert_close(again.state_dict(), generator.state_dict(), rtol=0, atol=0)
+    assert fingerprint(its_tokenizer) == fingerprint(tokenizer)
     other.save("good/tokenizer")
     with pytest.raises(CheckpointError, match="generates tokens of tokenizer"):
         load_generator("good")
@@ -196,6 +245,16 @@ def test_evaluation_and_report(trained: Path, monkeypatch: pytest.MonkeyPatch) -
     assert set(record["values"]) == {"FD-EffLite0", "IS-EffLite0", "precision-EffLite0", "recall-EffLite0"}
     assert record["samples"]["num_images"] == 12
     assert record["sampling"]["temperature"] == 1.0
+    assert record["rates"]["tokens_per_second"] == pytest.approx(16 * record["rates"]["images_per_second"])
+    assert record["rates"]["log2_codebook_size"] == math.log2(125)
+    generator, tokenizer = load_generator(trained)
+    (every,) = evaluation_batches(Folder(split="train", path="pictures", crop_px=16), batch_size=100)
+    bits = generator.bits(tokenizer.encode(every["x"]), every["label"]).mean().item() / 16
+    assert record["rates"]["bits_per_token"] == pytest.approx(bits, rel=1e-5)
+    assert run(monkeypatch, "evaluate", "run", "--samples", "12", "--reference", "train", "--out", "against") == 0
+    other = json.loads(Path("against/samples-efflite0.json").read_text())
+    assert set(other["values"]) == {"FD-EffLite0", "IS-EffLite0"}
+    assert other["values"]["FD-EffLite0"]["value"] == pytest.approx(record["values"]["FD-EffLite0"]["value"], rel=1e-6)
     with Image.open(trained / "samples-efflite0.png") as neighbours:
         assert neighbours.size == (5 * 16 + 8, 8 * 16 + 14)
     assert run(monkeypatch, "report", "run") == 0

@@ -40,20 +40,20 @@ class GeneratorStep(Step):
 
     def forward(self, batch: Batch) -> StepOutput:
         """See the class."""
-        out = self.model(self._indices(batch["x"]), self._condition(batch))
+        out = self.model(*self.tokens_and_condition(batch))
         return StepOutput({"generator": out.loss}, out.metrics)
+
+    def tokens_and_condition(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """``indices [B, *S, K]`` and the condition of a batch of pictures or tokens."""
+        x = batch["x"]
+        condition = None if self._batch_key is None else batch[self._batch_key]  # type: ignore[literal-required]
+        return self.tokenizer.encode(x) if x.is_floating_point() else x, condition
 
     @torch.no_grad()
     def pictures(self, model: nn.Module, batch: Batch) -> Tensor:
         """Pictures of the batch and, below them, samples under the same conditions."""
         assert isinstance(model, Generator)
-        condition = self._condition(batch)
+        real, condition = self.tokens_and_condition(batch)
         sampled = model.sample(condition, rng=generators(range(len(batch["x"]))))
-        shown = [self.tokenizer.decode(indices) for indices in (self._indices(batch["x"]), sampled)]
+        shown = [self.tokenizer.decode(indices) for indices in (real, sampled)]
         return torch.cat(shown).float().clamp(-1, 1)
-
-    def _condition(self, batch: Batch) -> Tensor | None:
-        return None if self._batch_key is None else batch[self._batch_key]  # type: ignore[literal-required]
-
-    def _indices(self, x: Tensor) -> Tensor:
-        return self.tokenizer.encode(x) if x.is_floating_point() else x

@@ -17,7 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from tessella.checkpoint import Model, latest_checkpoint, load_state, save_checkpoint
+from tessella.checkpoint import (
+    WEIGHTS,
+    Model,
+    latest_checkpoint,
+    load_state,
+    load_weights,
+    model_folder,
+    save_checkpoint,
+)
 from tessella.data.base import Batch, Samples, SkipBudget, training_batches
 from tessella.quantizers.base import Quantizer
 from tessella.training.base import Step, StepOutput
@@ -63,6 +71,7 @@ class Loop:
         ema_decay: of the averaged weights, which are what is saved and evaluated; None for none.
         precision: ``fp32`` or ``bf16`` (autocast).
         compile: run the step's networks through ``torch.compile``.
+        init: run or saved model whose weights the training starts from; None starts from random ones.
         overfit_batch: train on the first batch alone, again and again: a recipe that cannot learn it by heart is wrong.
         log_every, sample_every, checkpoint_every: in steps.
         keep_checkpoints: how many of the newest stay.
@@ -90,6 +99,7 @@ class Loop:
         ema_decay: float | None = None,
         precision: Literal["fp32", "bf16"] = "fp32",
         compile: bool = False,
+        init: str | None = None,
         overfit_batch: bool = False,
         log_every: int = 20,
         sample_every: int = 500,
@@ -137,6 +147,7 @@ class Loop:
         self.ema_decay = ema_decay
         self.precision = precision
         self.compile = compile
+        self.init = init
         self.overfit_batch = overfit_batch
         self.log_every = log_every
         self.sample_every = sample_every
@@ -185,9 +196,12 @@ class Loop:
             quiet: no progress on the terminal.
 
         Raises:
+            CheckpointError: ``init`` holds no model, or one that does not fit.
             TrainingError: a loss that is not finite.
             Interrupted: SIGINT or SIGTERM; a checkpoint was written first.
         """
+        if self.init is not None and latest_checkpoint(folder) is None:
+            load_weights(step.model, model_folder(Path(self.init)) / WEIGHTS)
         return _Run(self, step.to(device), dataset, folder, device, show, quiet).run()
 
 
