@@ -120,6 +120,21 @@ fine = {dim = 16, num_layers = 1, num_heads = 2}
     torch.testing.assert_close(load_generator(folder)[0].state_dict(), before, rtol=0, atol=0)
 
 
+def test_a_generator_of_digits_from_end_to_end(ready: Path) -> None:
+    section = 'generator = {name = "ar", order = "delay", dim = 16, num_layers = 1, num_heads = 2}'
+    text = RECIPE.replace('"ar"', '"digits"\nbases = [5, 5, 5]').replace(
+        "dim = 16\nnum_layers = 1\nnum_heads = 2", section
+    )
+    Path("digits.toml").write_text(text)
+    pipeline.train("digits.toml", tokenizer=Path("tokenizer"), out=Path("digits"), device="cpu", quiet=True)
+    assert pipeline.sample(Path("digits"), Path("drawn"), classes=["class_1"], count=2, device="cpu")[0] == 2
+    with pytest.raises(ConfigError, match=r"bases must be at least 2 and have the product 125"):
+        pipeline.train(
+            "digits.toml", tokenizer=Path("tokenizer"), out=Path("bad"), overrides=["generator.bases=[5,5]"],
+            device="cpu", quiet=True,
+        )  # fmt: skip
+
+
 def test_one_batch_is_learned_by_heart_in_a_folder_of_its_own(ready: Path) -> None:
     folder = pipeline.train(
         "generator.toml", tokenizer=Path("tokenizer"), overfit_batch=True, device="cpu", quiet=True,

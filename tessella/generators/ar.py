@@ -48,6 +48,8 @@ class AR(Generator):
         checkpoint_activations: trade time for memory in training.
     """
 
+    _can_limit_codes = True
+
     def __init__(
         self,
         space: TokenSpace,
@@ -198,13 +200,15 @@ class AR(Generator):
         """``[B, T, K, V]`` of ``hidden [B, S, dim]``."""
         num_codebooks = self.space.num_codebooks
         if self.order.width == num_codebooks:
-            return self.order.from_steps(self.head(hidden).unflatten(-1, (num_codebooks, -1)))
+            return self._within_limits(self.order.from_steps(self.head(hidden).unflatten(-1, (num_codebooks, -1))))
         # One token a step: step t K + k is of codebook k.
-        return torch.einsum("btkd,kvd->btkv", hidden.unflatten(1, (-1, num_codebooks)), self._heads())
+        by_codebook = hidden.unflatten(1, (-1, num_codebooks))
+        return self._within_limits(torch.einsum("btkd,kvd->btkv", by_codebook, self._heads()))
 
     def _step_logits(self, hidden: Tensor, step: int) -> Tensor:
         """``[B, W, V]`` of ``hidden [B, dim]``."""
         num_codebooks = self.space.num_codebooks
         if self.order.width == num_codebooks:
-            return self.head(hidden).unflatten(-1, (num_codebooks, -1))  # type: ignore[no-any-return]
-        return functional.linear(hidden, self._heads()[step % num_codebooks])[:, None]
+            return self._within_limits(self.head(hidden).unflatten(-1, (num_codebooks, -1)))
+        codebook = step % num_codebooks
+        return self._within_limits(functional.linear(hidden, self._heads()[codebook])[:, None], codebook)

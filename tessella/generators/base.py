@@ -15,6 +15,8 @@ from tessella.tokenizer import TokenSpace
 # Guidance scale s in l_null + s (l_cond - l_null): constant, or a function of the progress of sampling in [0, 1).
 Guidance = float | Callable[[float], float]
 
+_NEVER = -1e9
+
 
 @dataclass
 class Loss:
@@ -32,10 +34,13 @@ class Generator(Configurable, nn.Module, ABC):
     """
 
     recipe: Spec | None = None  # the whole recipe of the training run, if there was one; saving keeps it
+    _can_limit_codes = False
+    _beyond: Tensor | None  # [K, V]
 
     def __init__(self, space: TokenSpace) -> None:
         super().__init__()
         self.space = space
+        self.register_buffer("_beyond", None, persistent=False)
 
     @abstractmethod
     def forward(self, indices: Tensor, condition: Tensor | None) -> Loss:
@@ -74,6 +79,24 @@ class Generator(Configurable, nn.Module, ABC):
         Raises:
             ValueError: a setting or a condition out of range.
         """
+
+    def limit_codes(self, sizes: Tensor) -> None:
+        """From now on give no code of codebook k beyond its first ``sizes[k]`` (``sizes [K]``, at most V).
+
+        Raises:
+            ValueError: this kind of generator has no such limit.
+        """
+        if not self._can_limit_codes:
+            raise ValueError(f"the codes of {type(self).__name__} cannot be limited")
+        beyond = torch.arange(self.space.codebook_size, device=sizes.device) >= sizes[:, None]
+        self.register_buffer("_beyond", beyond, persistent=False)
+
+    def _within_limits(self, logits: Tensor, codebook: int | None = None) -> Tensor:
+        """``logits [..., K, V]``, or ``[..., V]`` of one codebook, with no probability for codes beyond the limits."""
+        if self._beyond is None:
+            return logits
+        # Finite, for guidance takes differences of logits.
+        return logits.masked_fill(self._beyond if codebook is None else self._beyond[codebook], _NEVER)
 
     def fit_codebook(self, codebook: Tensor, *, seed: int) -> None:
         """Prepare for the codes ``[V, D]`` of the tokenizer, before the first training step."""

@@ -17,7 +17,7 @@ from tessella.generators.base import Generator, Guidance, Loss
 from tessella.generators.sampling import check_guidance, check_settings, choose, guided, inference, uniforms
 from tessella.ops import kmeans, nearest
 from tessella.tokenizer import TokenSpace
-from tessella.transformer import Linear, Rotary, Transformer
+from tessella.transformer import Rotary, Transformer
 
 _KMEANS_ITERATIONS = 100
 _KMEANS_RESTARTS = 10
@@ -68,7 +68,7 @@ class FinePredictor(nn.Module):
         self.transformer = Transformer(
             dim, num_layers, num_heads, hidden=hidden, rotary=places, causal=False, dropout=dropout
         )
-        self.head = Linear(dim, space.num_codebooks * space.codebook_size, bias=False)
+        self.head = nn.Linear(dim, space.num_codebooks * space.codebook_size, bias=False)
         nn.init.normal_(self.labels.weight, std=0.02)
         # Zero: the first loss is ln V exactly.
         nn.init.zeros_(self.head.weight)

@@ -51,6 +51,8 @@ class MaskGIT(Generator):
         choice_temperature: c.
     """
 
+    _can_limit_codes = True
+
     def __init__(
         self,
         space: TokenSpace,
@@ -205,7 +207,7 @@ class MaskGIT(Generator):
         table = self.codes.weight.unflatten(0, (num_codebooks, -1))
         bias = self.bias[:num_codes].unflatten(0, (num_codebooks, -1))
         by_codebook = features.unflatten(1, (-1, num_codebooks))
-        logits: Tensor = torch.einsum("bpkd,kvd->bpkv", by_codebook, table) + bias
+        logits = self._within_limits(torch.einsum("bpkd,kvd->bpkv", by_codebook, table) + bias)
         return logits.flatten(1, 2).float()
 
     def _guided_logits(self, tokens: Tensor, masked: Tensor, contexts: Tensor, scale: float) -> Tensor:

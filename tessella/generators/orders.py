@@ -36,7 +36,8 @@ class Order(nn.Module):
         places = torch.empty_like(filled)
         places[filled] = (slots.flatten() >= 0).nonzero()[:, 0]
         self.register_buffer("slots", slots, persistent=False)
-        self.register_buffer("codebooks", codebooks, persistent=False)
+        # An expanded tensor could not be copied into, as averaging of weights does.
+        self.register_buffer("codebooks", codebooks.contiguous(), persistent=False)
         self.register_buffer("_places", places.view(-1, self.num_codebooks), persistent=False)
 
     def to_steps(self, indices: Tensor, *, empty: int = -1) -> Tensor:

@@ -81,6 +81,26 @@ EXAMPLES = [
     # Input and output share one table, which also holds the labels and MASK: near ln(number of rows), not exactly.
     Example("maskgit", {"conditioner": LABEL, **_MASKGIT}, first_loss=math.log(11 + NUM_CLASSES + 1), tolerance=0.2),
     Example("maskgit", {"conditioner": NONE, **_MASKGIT}, LINE, first_loss=math.log(2 * 11 + 1), tolerance=0.2),
+    # The loss is the mean over digits; that of the whole code, ln 12, is their sum.
+    Example(
+        "digits",
+        {"conditioner": LABEL, "bases": [4, 3], "generator": {"name": "ar", **SMALL}},
+        TokenSpace((3, 4), 1, 12, "f" * 16),
+        first_loss=math.log(12) / 2,
+    ),
+    Example(
+        "digits",
+        {"conditioner": NONE, "bases": [2, 3, 3], "generator": {"name": "ar", **SMALL, "order": "delay"}},
+        TokenSpace((5,), 2, 18, "f" * 16),
+        first_loss=math.log(18) / 3,
+    ),
+    Example(
+        "digits",
+        {"conditioner": LABEL, "bases": [4, 3], "generator": {"name": "maskgit", **_MASKGIT}},
+        TokenSpace((3, 4), 1, 12, "f" * 16),
+        first_loss=math.log(2 * 4 + NUM_CLASSES + 1),
+        tolerance=0.2,
+    ),
 ]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tessella import config
 from tessella.generators.base import Generator
@@ -154,7 +155,7 @@ def test_code_length(example: Example) -> None:
     [
         ({"temperature": -1.0}, "temperature must be >= 0, got -1.0"),
         ({"top_k": 0}, r"top_k must lie in \[1, \d+\]"),
-        ({"top_k": 12}, r"top_k must lie in \[1, \d+\]"),
+        ({"top_k": 19}, r"top_k must lie in \[1, \d+\]"),
         ({"top_p": 0.0}, r"top_p must lie in \(0, 1\]"),
         ({"top_p": 1.5}, r"top_p must lie in \(0, 1\]"),
         ({"guidance": -0.5}, "guidance must be >= 0"),
@@ -168,12 +169,12 @@ def test_refuses_settings_out_of_range(example: Example, settings: dict[str, obj
 
 @every
 def test_refuses_tokens_of_another_space(example: Example) -> None:
-    generator, x = example.make(), indices(example)
+    generator, x, size = example.make(), indices(example), example.space.codebook_size
     for wrong, message in (
         (x[:, :-1], r"indices must be \[B, "),
         (x.float(), "indices must be integers"),
-        (x + 11, r"indices must lie in \[0, 11\), got 1\d .. 2\d"),
-        (x - 11, r"indices must lie in \[0, 11\)"),
+        (x + size, rf"indices must lie in \[0, {size}\), got [1-3]\d .. [2-3]\d"),
+        (x - size, rf"indices must lie in \[0, {size}\)"),
     ):
         with pytest.raises(ValueError, match=message):
             generator(wrong, labels(example))
@@ -202,6 +203,15 @@ def test_state_dict_holds_everything(example: Example) -> None:
     other.load_state_dict(generator.state_dict())
     expected = generator.sample(condition, rng=generators(range(3)), guidance=2.0)
     assert torch.equal(other.sample(condition, rng=generators(range(3)), guidance=2.0), expected)
+
+
+@every
+def test_weights_can_be_averaged(example: Example) -> None:
+    generator = example.make()
+    averaged = AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    averaged.update_parameters(generator)
+    averaged.update_parameters(generator)
+    torch.testing.assert_close(averaged.module.state_dict(), generator.state_dict())
 
 
 @every
