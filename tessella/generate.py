@@ -110,9 +110,8 @@ def draw_batches(
     settings: SampleSettings,
     batch_size: int,
 ) -> Iterator[Tensor]:
-    """The pictures of samples 0 to ``count``, in batches on the CPU."""
-    for start in range(0, count, batch_size):
-        numbers = range(start, min(start + batch_size, count))
+    """The pictures of samples 0 to ``count``, in batches on the CPU, behind a progress bar."""
+    for numbers in _progress(_chunks(range(count), batch_size), count):
         classes = None if labels is None else [labels[number] for number in numbers]
         yield draw(generator, tokenizer, labels=classes, numbers=numbers, settings=settings).cpu()
 
@@ -147,7 +146,7 @@ def write_samples(
     _claim(out, {"generator": fingerprint(generator), **asdict(settings)})
     missing = [number for number in range(count) if not files[number].is_file()]
     started = time.monotonic()
-    for chunk in _progress([missing[i : i + batch_size] for i in range(0, len(missing), batch_size)], len(missing)):
+    for chunk in _progress(_chunks(missing, batch_size), len(missing)):
         classes = None if labels is None else [labels[number] for number in chunk]
         pictures = draw(generator, tokenizer, labels=classes, numbers=chunk, settings=settings)
         for number, picture in zip(chunk, pictures, strict=True):
@@ -178,7 +177,11 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
         write_text(file, json.dumps(settings, indent=2) + "\n")
 
 
-def _progress(chunks: list[list[int]], total: int) -> Iterator[list[int]]:
+def _chunks(numbers: Sequence[int], size: int) -> list[Sequence[int]]:
+    return [numbers[start : start + size] for start in range(0, len(numbers), size)]
+
+
+def _progress(chunks: Sequence[Sequence[int]], total: int) -> Iterator[Sequence[int]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

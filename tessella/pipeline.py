@@ -593,12 +593,19 @@ def evaluate_samples(
 
     Returns:
         The record, bits and rates, and the file that holds them.
+
+    Raises:
+        CheckpointError, ConfigError, DataError: a model, weights, a data set or a setting that cannot be used, or
+            pictures without the classes that the generator knows.
     """
     place = pick_device(device)
     network = feature_network(protocol, features, place)
     generator, tokenizer = load_generator(model, device=place)
     dataset, section = _data_of(tokenizer, data, split=split, whole=False)
-    bits = compression_cost(generator, _token_batches(generator, tokenizer, dataset, limit))
+    try:
+        bits = compression_cost(generator, _token_batches(generator, tokenizer, dataset, limit))
+    except ValueError as error:
+        raise ConfigError(f"the pictures of {_describe(section)} do not fit this generator: {error}") from error
     against: Features | ReferenceStatistics
     metrics: tuple[Metric, ...] = ("frechet", "score")
     if reference is None:

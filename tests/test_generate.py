@@ -272,6 +272,11 @@ def test_evaluation_and_report(trained: Path, monkeypatch: pytest.MonkeyPatch) -
     assert other["values"]["FD-EffLite0"]["value"] == pytest.approx(record["values"]["FD-EffLite0"]["value"], rel=1e-6)
     with Image.open(trained / "samples-efflite0.png") as neighbours:
         assert neighbours.size == (5 * 16 + 8, 8 * 16 + 14)
+    for file in sorted(Path("pictures").rglob("*.png")):
+        (Path("mixed") / file.name).parent.mkdir(exist_ok=True)
+        shutil.copy(file, Path("mixed") / file.name)
+    with pytest.raises(ConfigError, match="pictures of mixed, test do not fit this generator: label"):
+        pipeline.evaluate_samples(trained, protocol="efflite0", features=None, data="mixed", count=4, device="cpu")
     assert run(monkeypatch, "report", "run") == 0
     page = (trained / "report.html").read_text()
     assert "FD-EffLite0" in page
