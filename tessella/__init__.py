@@ -1,7 +1,8 @@
 """Tessella: discrete tokenizers and generation on their tokens.
 
-``tessella.load(path)`` returns a trained :class:`~tessella.tokenizer.Tokenizer`; ``tessella.quantizers`` holds every
-quantizer by its citation name; ``tessella.ops`` the exact large-codebook operations they are built on.
+``tessella.load(path)`` returns a trained :class:`~tessella.tokenizer.Tokenizer`, ``tessella.load_generator(path)`` a
+generator with its tokenizer; ``tessella.quantizers`` holds every quantizer by its citation name; ``tessella.ops`` the
+exact large-codebook operations they are built on.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 
 from tessella import ops, quantizers
-from tessella.checkpoint import load
+from tessella.checkpoint import load, load_generator
 from tessella.tokenizer import Reconstruction, Tokenizer, TokenSpace
 
 try:
@@ -17,4 +18,4 @@ try:
 except PackageNotFoundError:  # a source tree that is on the path without being installed
     __version__ = "0+source"
 
-__all__ = ["Reconstruction", "TokenSpace", "Tokenizer", "__version__", "load", "ops", "quantizers"]
+__all__ = ["Reconstruction", "TokenSpace", "Tokenizer", "__version__", "load", "load_generator", "ops", "quantizers"]
