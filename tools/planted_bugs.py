@@ -1,4 +1,4 @@
-"""Do the quantizer tests notice? Break one rule at a time in a copy of the package, run the tests, print who was caught.
+"""Do the tests of quantizers and generators notice? Break one rule at a time in a copy of the package, run the tests, print who was caught.
 
     python tools/planted_bugs.py [name ...]
 
@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+QUANTIZER_TESTS = ("tests/quantizers", "tests/ops")
+GENERATOR_TESTS = ("tests/generators", "tests/conditioners", "tests/test_transformer.py")
 # Compilation is slow and breaks on its own terms; slow tests repeat what quick ones check.
 SELECTION = "not TestCompile and not slow and not scq"
 
@@ -32,6 +34,11 @@ class Bug:
     file: str
     old: str
     new: str
+
+    @property
+    def tests(self) -> tuple[str, ...]:
+        """Where the tests are that should notice."""
+        return QUANTIZER_TESTS if self.file.startswith(("quantizers/", "ops/")) else GENERATOR_TESTS
 
 
 BUGS = [
@@ -134,13 +141,60 @@ BUGS = [
     Bug("SCQ Newton system without lambda", "ops/convex.py", "codes.mT @ codes + self.lambda_ * _eye(codes)", "codes.mT @ codes + _eye(codes)"),
     Bug("SCQ simplex sums to two", "ops/simplex.py", "(total - 1) / size", "(total - 2) / size"),
     Bug("SCQ projection's gradient not centred", "ops/simplex.py", "torch.where(support, g - g.sum(-1, keepdim=True) / size, 0)", "torch.where(support, g, 0)"),
+    Bug("attention sees the future", "transformer.py", "is_causal=self.causal and cache is None", "is_causal=False"),
+    Bug("rotary pairs turned the wrong way", "transformer.py", "table[1, :, ::2].neg_()", "table[1, :, 1::2].neg_()"),
+    Bug("rotary on values too", "transformer.py", "            v = qkv[:, :, 2].transpose(1, 2)\n", "            v = rotate(qkv[:, :, 2], *rotation).transpose(1, 2)\n"),
+    Bug("rotary axes swapped", "transformer.py", "for axis in reversed(coordinates)]", "for axis in coordinates]"),
+    Bug("cache masks one position too few", "transformer.py", "seen.tril(self.filled)", "seen.tril(self.filled + 1)"),
+    Bug("static cache sees what is not filled", "transformer.py", "self.mask = self.places <= self.rows[:, None]", "self.mask = self.places <= self.rows[:, None] + 1"),
+    Bug("cache keeps the null half", "transformer.py", "self.values = [None if values is None else values[:batch_size]", "self.values = [None if values is None else values[-batch_size:]"),
+    Bug("adaptive gate left out", "transformer.py", "out = x + gate * self.dropout(", "out = x + self.dropout("),
+    Bug("adaptive scale not about one", "transformer.py", "f(norm(x) * (1 + scale) + shift)", "f(norm(x) * scale + shift)"),
+    Bug("linear of two rows drops the second", "transformer.py", ".t()[: len(rows)].contiguous()", ".t()[:1].expand(len(rows), -1).contiguous()"),
+    Bug("gate and value of SwiGLU exchanged", "transformer.py", "functional.silu(gate) * value", "functional.silu(value) * gate"),
+    Bug("guidance of the wrong sign", "generators/sampling.py", "unconditional + scale * (conditional - unconditional)", "conditional + scale * (unconditional - conditional)"),
+    Bug("guidance one too strong", "generators/sampling.py", "unconditional + scale * (conditional - unconditional)", "conditional + scale * (conditional - unconditional)"),
+    Bug("top-p drops the token that crosses it", "generators/sampling.py", "before >= top_p", "before + probabilities >= top_p"),
+    Bug("top-k keeps one more", "generators/sampling.py", "logits.topk(top_k, dim=-1)", "logits.topk(top_k + 1, dim=-1)"),
+    Bug("temperature multiplies", "generators/sampling.py", "truncated(logits / temperature", "truncated(logits * temperature"),
+    Bug("tokens of probability 0 are drawn", "generators/sampling.py", "threshold, right=True)", "threshold)"),
+    Bug("noise of the batch, not of the sample", "generators/sampling.py", "torch.rand(shape, generator=one) for one in rng", "torch.rand(shape, generator=rng[0]) for _ in rng"),
+    Bug("sampling in training mode", "generators/sampling.py", "        self.eval()\n", ""),
+    Bug("sampling leaves eval mode", "generators/sampling.py", "                part.training = training\n", "                pass\n"),
+    Bug("delay of the wrong codebooks", "generators/orders.py", "[:, None] - codebooks\n", "[:, None] - codebooks.flip(0)\n"),
+    Bug("empty slots hold a token", "generators/orders.py", ".where(inside, -1)", ".where(inside, 0)"),
+    Bug("next token is the token itself", "generators/ar.py", "self._embed(steps[:, :-1], 0)", "self._embed(steps[:, 1:], 0)"),
+    Bug("codebooks share rows", "generators/ar.py", "rows = steps + codebooks * self.space.codebook_size", "rows = steps + 0 * codebooks"),
+    Bug("head of the wrong codebook", "generators/ar.py", "codebook = step % num_codebooks", "codebook = (step + 1) % num_codebooks"),
+    Bug("guided half not fed the drawn token", "generators/ar.py", "x = torch.cat([x, x])", "x = torch.cat([x, torch.zeros_like(x)])"),
+    Bug("guidance ends a step early", "generators/ar.py", "default=0)\n        x = self.conditioner", "default=1) - 1\n        x = self.conditioner"),
+    Bug("digits of the wrong place", "generators/digits.py", "// self.places % self.bases", "% self.bases"),
+    Bug("a digit one beyond its base", "generators/base.py", ">= sizes[:, None]", "> sizes[:, None]"),
+    Bug("training hides one more", "generators/schedules.py", ".ceil().long().clamp(min=1)", ".ceil().long().add(1)"),
+    Bug("decoding schedule not a cosine", "generators/schedules.py", "math.cos(math.pi / 2 * progress), 1e-6", "1 - progress, 1e-6"),
+    Bug("shown tokens are hidden again", "generators/maskgit.py", "confidence = confidence.masked_fill(~masked, torch.inf)", "confidence = confidence + 0"),
+    Bug("drawn tokens replace shown ones", "generators/maskgit.py", "tokens = torch.where(masked, drawn, tokens)", "tokens = drawn"),
+    Bug("hidden tokens are seen", "generators/maskgit.py", "embedded = torch.where(masked[..., None], self._special[-1], self.codes", "embedded = torch.where(masked[..., None] & False, self._special[-1], self.codes"),
+    Bug("no label smoothing", "generators/maskgit.py", "- label_smoothing * log_p.mean(-1)", ""),
+    Bug("loss counts shown tokens", "generators/maskgit.py", "weight = masked / (masked.sum(-1, keepdim=True) * len(masked))", "weight = torch.ones_like(nll) / nll.numel()"),
+    Bug("choice noise does not cool", "generators/maskgit.py", "self.choice_temperature * (1 - progress)", "self.choice_temperature"),
+    Bug("fine pass sees the true codes' clusters shifted", "generators/coarse_to_fine.py", "rows = labels + torch.arange(self.num_codebooks", "rows = labels.roll(1, 1) + torch.arange(self.num_codebooks"),
+    Bug("fine pass is causal", "generators/coarse_to_fine.py", "rotary=places, causal=False", "rotary=places, causal=True"),
+    Bug("clusters ignore normalize", "generators/coarse_to_fine.py", "        if self.normalize:\n", "        if False:\n"),
+    Bug("any code of any cluster", "generators/coarse_to_fine.py", "        if restrict_to_cluster:\n", "        if False:\n"),
+    Bug("fine guidance left out", "generators/coarse_to_fine.py", "if scale == 1 or condition is None:", "if True:"),
+    Bug("code length without the coarse part", "generators/coarse_to_fine.py", "return self.coarse.bits(labels, condition) + fine", "return fine"),
+    Bug("the null is a class", "conditioners/label.py", "self.embedding.weight[-1].expand", "self.embedding.weight[0].expand"),
 ]  # fmt: skip
 
 
 def plant(bug: Bug, folder: Path) -> None:
     """Copy what the tests need into ``folder`` and break it there."""
-    for name in ("tessella", "tests/quantizers", "tests/ops"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("tessella", *bug.tests):
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, folder / name)
     shutil.copy(ROOT / "pyproject.toml", folder)
     path = folder / "tessella" / bug.file
     text = path.read_text()
@@ -155,10 +209,11 @@ def first_failure(bug: Bug) -> str | None:
         folder = Path(name)
         plant(bug, folder)
         soft = bug.name.startswith("SCQ")
-        own = folder / "tests" / "quantizers" / f"test_{'scq' if soft else Path(bug.file).stem.lstrip('_')}.py"
+        own = f"test_{'scq' if soft else Path(bug.file).stem.lstrip('_')}.py"
         tests = sorted(
-            [*(folder / "tests" / "quantizers").glob("test_*.py"), folder / "tests" / "ops" / "test_simplex.py"],
-            key=lambda path: (path != own, "distr" in path.name, path),
+            # Of the operations' tests, which take long, only the one that SCQ's bugs need.
+            (path for path in folder.rglob("test_*.py") if path.parent.name != "ops" or path.name == "test_simplex.py"),
+            key=lambda path: (path.name != own, "distr" in path.name, path),
         )
         command = [
             sys.executable,
