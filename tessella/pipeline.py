@@ -288,13 +288,17 @@ def _data_of(tokenizer: Tokenizer, data: str | None, *, split: Split, whole: boo
     return dataset, {**section, "split": split}
 
 
+def _total(dataset: Samples, limit: int | None) -> int:
+    return len(dataset) if limit is None else min(limit, len(dataset))
+
+
 def _batches(dataset: Samples, *, whole: bool, limit: int | None, title: str, num_workers: int = 0) -> Iterator[Batch]:
     """Evaluation batches behind a progress bar; skipped pictures are named, and too many of them end it."""
     from rich.console import Console
     from rich.progress import Progress
 
     budget = SkipBudget()
-    total = len(dataset) if limit is None else min(limit, len(dataset))
+    total = _total(dataset, limit)
     batch_size = 1 if whole else _EVALUATION_BATCH
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(title, total=total)
@@ -446,8 +450,8 @@ def evaluate_distribution_of_reconstructions(
         model, data, split, limit, whole, device: as for :func:`tokenize`.
         protocol: see :data:`tessella.evaluation.protocols.PROTOCOLS`.
         features: weights of its network, see :func:`feature_network`.
-        reference: ``train`` or ``test``, all pictures of that part of the data set, or a published reference
-            ``.npz``; by default the originals of the reconstructions.
+        reference: ``train`` or ``test``, the (first ``limit``) pictures of that part of the data set, or a published
+            reference ``.npz``; by default the originals of the reconstructions.
         out: folder for ``distribution-PROTOCOL.json``; the model's by default.
     """
     place = pick_device(device)
@@ -463,7 +467,7 @@ def evaluate_distribution_of_reconstructions(
             tokenizer.decode(tokenizer.encode(x, pad=True), extent=x.shape[2:])
             for x in (batch["x"].to(place) for batch in batches)
         )
-        statistics = _reference(reference, tokenizer, network, data=data, whole=whole)
+        statistics = _reference(reference, tokenizer, network, data=data, whole=whole, limit=limit)
         record = evaluate_distribution(rebuilt, statistics, network)
     file = (out or _folder_of(model)) / f"distribution-{protocol}.json"
     record.write(file)
@@ -471,14 +475,17 @@ def evaluate_distribution_of_reconstructions(
 
 
 def _reference(
-    reference: str, tokenizer: Tokenizer, network: FeatureNetwork, *, data: str | None, whole: bool
+    reference: str, tokenizer: Tokenizer, network: FeatureNetwork, *, data: str | None, whole: bool, limit: int | None
 ) -> ReferenceStatistics:
     """The statistics that ``reference`` names: a part of the data set, or a published file."""
     if reference not in get_args(Split):
         return load_adm_reference(reference)
     dataset, section = _data_of(tokenizer, data, split=cast(Split, reference), whole=whole)
-    with _feature_progress(len(dataset)) as progress:
-        return reference_statistics(dataset, network, _cache(), name=_describe(section), progress=progress)
+    total = _total(dataset, limit)
+    with _feature_progress(total) as progress:
+        return reference_statistics(
+            dataset, network, _cache(), name=_describe(section), num_images=limit and total, progress=progress
+        )
 
 
 def _folder_of(model: Path) -> Path:
@@ -611,7 +618,7 @@ def evaluate_samples(
     if reference is None:
         against, metrics = _features_of(dataset, network, limit), (*metrics, "precision_recall")
     else:
-        against = _reference(reference, tokenizer, network, data=data, whole=False)
+        against = _reference(reference, tokenizer, network, data=data, whole=False, limit=limit)
     settings = settings or SampleSettings()
     started = time.monotonic()
     drawn = list(
@@ -661,7 +668,7 @@ def _feature_progress(total: int) -> Iterator[Callable[[int], None]]:
 
 def _features_of(dataset: ImageDataset, network: FeatureNetwork, limit: int | None) -> Features:
     """The features of real pictures, kept for the next time in the user's cache folder."""
-    total = len(dataset) if limit is None else min(limit, len(dataset))
+    total = _total(dataset, limit)
     with _feature_progress(total) as progress:
         return reference_features(dataset, network, _cache(), num_images=limit and total, progress=progress)
 
