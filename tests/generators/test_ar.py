@@ -223,6 +223,18 @@ def test_any_token_space(grid: list[int], num_codebooks: int, order: str, rotary
     assert torch.equal(model.logits(sampled, torch.tensor([0, 1])).argmax(-1), sampled.flatten(1, -2))
 
 
+@pytest.mark.parametrize("order", ["flattened", "delay"])
+def test_every_codebook_has_rows_of_its_own(order: str) -> None:
+    model = make(space=TokenSpace((3,), 2, 7, "f" * 16), order=order)
+    x = tokens(model, 1)
+    model.logits(x, torch.tensor([0])).square().sum().backward()
+    assert model.embedding.weight.grad is not None
+    fed = (x + torch.tensor([0, 7])).flatten()[:-1].tolist()  # the last token is fed to none
+    empty = [14] if order == "delay" else []
+    moved = model.embedding.weight.grad.abs().sum(1).nonzero()[:, 0].tolist()
+    assert moved == sorted({*fed, *empty})
+
+
 def test_learns_a_sequence_by_heart() -> None:
     torch.manual_seed(0)
     model = AR(SPACE, conditioner=LABEL, dim=32, num_layers=1, num_heads=2, dropout=0.0, token_dropout=0.0)
