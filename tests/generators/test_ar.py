@@ -235,6 +235,47 @@ def test_every_codebook_has_rows_of_its_own(order: str) -> None:
     assert moved == sorted({*fed, *empty})
 
 
+def test_is_the_llama_of_transformers() -> None:
+    """With positions along one sequence, and pairs of rotary dimensions in its order, the same logits and tokens."""
+    transformers = pytest.importorskip("transformers", reason="pip install 'tessella[bench]' brings transformers")
+    length, codes, dim, heads = 9, 7, 32, 2
+    ours = make(
+        space=TokenSpace((length,), 1, codes, "f" * 16), conditioner={"name": "none"}, rotary="sequence", dim=dim
+    )
+    config = transformers.LlamaConfig(
+        vocab_size=codes, hidden_size=dim, intermediate_size=256, num_hidden_layers=2, num_attention_heads=heads,
+        max_position_embeddings=length, rms_norm_eps=1e-5, tie_word_embeddings=False,
+        bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    theirs = transformers.LlamaForCausalLM(config).eval()
+
+    def in_halves(weight: Tensor) -> Tensor:
+        pairs = weight.view(heads, -1, 2, dim)
+        return pairs.transpose(1, 2).reshape(dim, dim)
+
+    state = {"model.embed_tokens.weight": ours.embedding.weight, "lm_head.weight": ours.head.weight}
+    assert ours.transformer.norm is not None
+    state["model.norm.weight"] = ours.transformer.norm.weight
+    for number, block in enumerate(ours.transformer.blocks):
+        q, k, v = block.attention.qkv.weight.chunk(3)
+        gate, value = block.feed_forward.up.weight.chunk(2)
+        layer = {
+            "self_attn.q_proj": in_halves(q), "self_attn.k_proj": in_halves(k), "self_attn.v_proj": v,
+            "self_attn.o_proj": block.attention.out.weight, "mlp.gate_proj": gate, "mlp.up_proj": value,
+            "mlp.down_proj": block.feed_forward.down.weight, "input_layernorm": block.attention_norm.weight,
+            "post_attention_layernorm": block.feed_forward_norm.weight,
+        }  # fmt: skip
+        state |= {f"model.layers.{number}.{name}.weight": weight for name, weight in layer.items()}
+    theirs.load_state_dict(state)
+    x = tokens(ours)
+    start = ours.conditioner(None, 2)
+    with torch.no_grad():
+        embedded = torch.cat([start, ours.embedding(x[:, :-1, 0])], 1)
+        torch.testing.assert_close(ours.logits(x, None)[:, :, 0], theirs(inputs_embeds=embedded).logits)
+        greedy = theirs.generate(inputs_embeds=start, max_new_tokens=length, do_sample=False, pad_token_id=0)
+    assert torch.equal(ours.sample(None, rng=generators(range(2)), temperature=0)[..., 0], greedy)
+
+
 def test_learns_a_sequence_by_heart() -> None:
     torch.manual_seed(0)
     model = AR(SPACE, conditioner=LABEL, dim=32, num_layers=1, num_heads=2, dropout=0.0, token_dropout=0.0)
