@@ -774,10 +774,11 @@ def show_samples(
     seconds = time.monotonic() - started
     titles = [names[label] if names else f"class {label}" for label in range(shown)] if labels else ["pictures"]
     real = _pictures_of_classes(dataset, None if labels is None else shown, per_class)
+    told = {name: value for name, value in asdict(settings).items() if value not in (None, {})}
     section = samples_section(
         {title: torch.stack(pictures) for title, pictures in zip(titles, real, strict=True) if pictures},
         dict(zip(titles, torch.cat(drawn).split(per_class), strict=True)),
-        settings=", ".join(f"{name} {value}" for name, value in asdict(settings).items() if value is not None) + ".",
+        settings=", ".join(f"{name} {value}" for name, value in told.items()) + ".",
     )
     return section, shown * per_class / seconds
 
