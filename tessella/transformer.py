@@ -165,8 +165,8 @@ class Linear(nn.Linear):
 
     With weights W [N, D] and rows X [R, D] there are three ways, each faster than the others somewhere
     (``benchmarks/linear.py``): the BLAS computes W X^T of two columns at the speed of the memory and on all threads,
-    where X W^T takes one thread or twice the time; oneDNN is faster than the BLAS from three rows on; and gradients
-    are the default's alone.
+    where X W^T takes two to four times as long; oneDNN is faster than the BLAS for any other number of rows; and
+    gradients are the default's alone.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -178,14 +178,13 @@ class Linear(nn.Linear):
         ):  # fmt: skip
             return super().forward(x)
         rows = x.reshape(-1, self.in_features)
-        if len(rows) > 2 and torch.backends.mkldnn.is_available():
-            out = functional.linear(rows.to_mkldnn(), self.weight, self.bias).to_dense()
-        elif len(rows) > 2:
-            return super().forward(x)
-        else:
-            columns = rows.expand(2, -1).contiguous().t()
-            out = torch.mm(self.weight, columns).t()[: len(rows)].contiguous()
+        if len(rows) == 2:
+            out = torch.mm(self.weight, rows.t()).t().contiguous()
             out = out if self.bias is None else out + self.bias
+        elif torch.backends.mkldnn.is_available():
+            out = functional.linear(rows.to_mkldnn(), self.weight, self.bias).to_dense()
+        else:
+            return super().forward(x)
         return out.view(*x.shape[:-1], -1)
 
 
