@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=2 python benchmarks/linear.py [--rows 1 2 4 16 64 512] [--repeats 7] [--out folder]
 
-Products are those of LlamaGen-B in float32 without gradients, each over weights of 60 MB and more, so that they come
+Products are those of LlamaGen-B in float32 while sampling, each over weights of 60 MB and more, so that they come
 from memory and not from a cache, as in sampling. Attention is forward and backward under bfloat16 autocast, 64
 sequences of 64 tokens in 6 heads of 32. Sides alternate; times are medians. Writes linear.json and linear.md into the
 folder, and prints the table.
@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from tessella.transformer import Linear, attend
+from tessella.transformer import Linear, attend, sampling
 
 SHAPES = {"qkv": (768, 2304), "out": (768, 768), "up": (768, 4096), "down": (2048, 768), "head": (768, 16384)}
 WEIGHTS_BYTES = 60e6
@@ -50,7 +50,7 @@ def compare(repeats: int, **runs: Callable[[], Any]) -> dict[str, float]:
     return {name: statistics.median(some[1:]) for name, some in times.items()}
 
 
-@torch.no_grad()
+@sampling()
 def product(rows: int, in_features: int, out_features: int, repeats: int) -> dict[str, float]:
     count = int(WEIGHTS_BYTES / (in_features * out_features * 4)) + 1
     layers = [Linear(in_features, out_features, bias=False) for _ in range(count)]

@@ -30,7 +30,7 @@ from tessella.generators.base import Generator
 from tessella.generators.coarse_to_fine import CoarseToFine
 from tessella.generators.sampling import generators
 from tessella.tokenizer import TokenSpace
-from tessella.transformer import default_hidden
+from tessella.transformer import default_hidden, sampling
 
 SHAPES = {"b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1280, 36, 20)}  # dim, layers, heads
 CODEBOOK_SIZE = 16384
@@ -103,7 +103,7 @@ def peer_sample(model: LlamaForCausalLM, batch: int, tokens: int, guidance: floa
     return lambda: model.generate(start, attention_mask=torch.ones_like(start), generation_config=config, **extra)
 
 
-@torch.no_grad()
+@sampling()
 def uncached_seconds(model: AR, batch: int, tokens: int) -> float:
     """Seconds of all passes over the tokens so far, from the mean of a few lengths."""
     width = model.embedding.embedding_dim

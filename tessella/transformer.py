@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -160,20 +162,37 @@ class StaticKVCache(KVCache):
         self.position = self.position + count
 
 
+_sampling: ContextVar[bool] = ContextVar("sampling", default=False)
+
+
+@contextmanager
+def sampling() -> Iterator[None]:
+    """No gradients, and the products of :class:`Linear` in the fastest way, which rounds otherwise than training does.
+
+    For drawing tokens alone: what a tokenizer encodes and decodes must not depend on whether gradients are on.
+    """
+    token = _sampling.set(True)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        _sampling.reset(token)
+
+
 class Linear(nn.Linear):
-    """nn.Linear, faster without gradients on the CPU: a step of sampling, whose time is that of reading the weights.
+    """nn.Linear, within :func:`sampling` faster on the CPU, where a step's time is that of reading the weights.
 
     With weights W [N, D] and rows X [R, D] there are three ways, each faster than the others somewhere
     (``benchmarks/linear.py``): the BLAS computes W X^T of two columns at the speed of the memory and on all threads,
-    where X W^T takes two to four times as long; oneDNN is faster than the BLAS for any other number of rows; and
-    gradients are the default's alone.
+    where X W^T takes two to four times as long; oneDNN is faster than the BLAS for nearly any other number of rows; and
+    training is the default's alone.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., out]`` of ``[..., in]``."""
         dtypes = {x.dtype, self.weight.dtype}
         if (
-            torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
+            torch.compiler.is_compiling() or not _sampling.get() or torch.is_autocast_enabled(x.device.type)
             or x.device.type != "cpu" or dtypes != {torch.float32} or not x.numel()
         ):  # fmt: skip
             return super().forward(x)

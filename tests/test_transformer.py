@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tessella.transformer import Block, KVCache, Linear, Rotary, Transformer, default_hidden, rotate
+from tessella.transformer import Block, KVCache, Linear, Rotary, Transformer, default_hidden, rotate, sampling
 
 DIM, HEADS = 32, 4
 
@@ -101,7 +101,7 @@ def test_linear_of_any_number_of_rows(shape: tuple[int, ...], bias: bool) -> Non
 @pytest.mark.parametrize("mkldnn", [True, False])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(), (0, 1), (1,), (2,), (1, 2), (3,), (2, 17), (300,)])
-def test_linear_without_gradients(
+def test_linear_while_sampling(
     shape: tuple[int, ...], bias: bool, mkldnn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: mkldnn)
@@ -109,8 +109,9 @@ def test_linear_without_gradients(
     layer = Linear(DIM, 7, bias=bias)
     x = vectors(*shape)
     expected = torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
-    with torch.no_grad():
+    with sampling():
         out = layer(x)
+        assert not out.requires_grad
         strided = layer(x[..., None].expand(*x.shape, 2)[..., 0])
         halves = layer.bfloat16()(x.bfloat16())
     assert out.is_contiguous()

@@ -9,6 +9,8 @@ from typing import Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
+from tessella.transformer import sampling
+
 M = TypeVar("M", bound=nn.Module)
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -27,7 +29,7 @@ def inference(method: Callable[Concatenate[M, P], R]) -> Callable[Concatenate[M,
         modes = [(part, part.training) for part in self.modules()]
         self.eval()
         try:
-            with torch.no_grad():
+            with sampling():
                 return method(self, *args, **kwargs)
         finally:
             for part, training in modes:

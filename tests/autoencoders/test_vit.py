@@ -134,6 +134,20 @@ def test_round_trip_through_a_tokenizer(
     assert space.sequence_length == math.prod(grid)
 
 
+@pytest.mark.parametrize("num_pictures", [1, 2, 3])
+def test_what_is_encoded_and_decoded_does_not_depend_on_gradients(num_pictures: int) -> None:
+    """At a width where other ways of multiplying round otherwise."""
+    torch.manual_seed(0)
+    model = ViT(patch_px=8, width=192, depth=2, num_heads=4, latent_dim=16, num_latents=num_pictures, size_px=32).eval()
+    x = pictures(num_pictures, 3, 32, 32)
+    z = model.encode(x)
+    x_hat = model.decode(z)
+    assert x_hat.requires_grad
+    with torch.no_grad():
+        assert torch.equal(model.encode(x), z)
+        assert torch.equal(model.decode(z), x_hat)
+
+
 @pytest.mark.parametrize("model", [tiny(), tiny(**SEQUENCE), Conv(channels=8, multipliers=(1, 1), num_res_blocks=1)])
 def test_last_layer_is_the_last_weight_on_the_way_to_the_picture(model: ViT | Conv) -> None:
     parameters = {id(parameter): name for name, parameter in model.named_parameters()}
