@@ -169,7 +169,8 @@ _sampling: ContextVar[bool] = ContextVar("sampling", default=False)
 def sampling() -> Iterator[None]:
     """No gradients, and the products of :class:`Linear` in the fastest way, which rounds otherwise than training does.
 
-    For drawing tokens alone: what a tokenizer encodes and decodes must not depend on whether gradients are on.
+    For generators alone, drawing tokens or counting their bits: what a tokenizer encodes and decodes must not depend on
+    whether gradients are on.
     """
     token = _sampling.set(True)
     try:

@@ -150,7 +150,7 @@ BUGS = [
     Bug("cache keeps the null half", "transformer.py", "self.values = [None if values is None else values[:batch_size]", "self.values = [None if values is None else values[-batch_size:]"),
     Bug("adaptive gate left out", "transformer.py", "out = x + gate * self.dropout(", "out = x + self.dropout("),
     Bug("adaptive scale not about one", "transformer.py", "f(norm(x) * (1 + scale) + shift)", "f(norm(x) * scale + shift)"),
-    Bug("linear of two rows drops the second", "transformer.py", "torch.mm(self.weight, rows.t())", "torch.mm(self.weight, rows[:1].expand(2, -1).t())"),
+    Bug("linear of two rows drops the second", "transformer.py", "x.reshape(2, -1).t()", "x.reshape(2, -1)[:1].expand(2, -1).t()"),
     Bug("gate and value of SwiGLU exchanged", "transformer.py", "functional.silu(gate) * value", "functional.silu(value) * gate"),
     Bug("guidance of the wrong sign", "generators/sampling.py", "unconditional + scale * (conditional - unconditional)", "conditional + scale * (unconditional - conditional)"),
     Bug("guidance one too strong", "generators/sampling.py", "unconditional + scale * (conditional - unconditional)", "conditional + scale * (conditional - unconditional)"),
