@@ -83,6 +83,11 @@ class Quantizer(Configurable, nn.Module, ABC):
     def forward(self, z: Tensor, mask: Tensor | None = None) -> Quantized:
         """Quantize the last axis of ``z``.
 
+        Latents are channels-last, and nothing but the size of the last axis is checked: a channels-first
+        ``[2, 16, 16, 16]`` given to a quantizer of dim 16 is taken for channels-last, and its rows are quantized in
+        place of its channels. ``z.movedim(1, -1)`` turns channels-first latents round; a :class:`Tokenizer` does so
+        inside its autoencoder.
+
         Args:
             z: ``[..., D]``, floating point and finite.
             mask: ``[...]`` bool, false at padded positions: those change neither loss nor statistics.
@@ -153,7 +158,10 @@ class Quantizer(Configurable, nn.Module, ABC):
         if not z.dtype.is_floating_point:
             raise TypeError(f"z must be floating point, got {z.dtype}")
         if z.ndim == 0 or z.shape[-1] != self.dim:
-            raise ValueError(f"the last axis of z must be dim = {self.dim}, got z of shape {tuple(z.shape)}")
+            raise ValueError(
+                f"the last axis of z must be dim = {self.dim}, got z of shape {tuple(z.shape)}; "
+                "latents are channels-last, [B, *S, D]"
+            )
         if mask is not None:
             if mask.dtype != torch.bool:
                 raise TypeError(f"mask must be bool (true where a position counts), got {mask.dtype}")
