@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,10 +12,20 @@ from torch.nn import functional
 from tessella.conditioners.base import Conditioner
 from tessella.config import build
 from tessella.generators.base import Generator, Guidance, Loss
+from tessella.generators.heads import CodebookHeads, zero_head
 from tessella.generators.orders import delay, flattened
-from tessella.generators.sampling import check_guidance, check_settings, choose, guided, inference, uniforms
+from tessella.generators.sampling import (
+    Rng,
+    check_guidance,
+    check_settings,
+    choose,
+    guided,
+    inference,
+    one_each,
+    uniforms,
+)
 from tessella.tokenizer import TokenSpace
-from tessella.transformer import Linear, Rotary, Transformer
+from tessella.transformer import Rotary, Transformer
 
 _ORDERS = {"flattened": flattened, "delay": delay}
 
@@ -80,10 +89,12 @@ class AR(Generator):
             dim, num_layers, num_heads, hidden=hidden, rotary=self._rotary(rotary), adaln=adaln, gate_init=gate_init,
             dropout=dropout, attention_dropout=attention_dropout, checkpoint_activations=checkpoint_activations,
         )  # fmt: skip
-        self.head = Linear(dim, num_tokens, bias=False)
+        # Steps of one token need the logits of one codebook only.
+        self.head: nn.Module = (
+            zero_head(dim, num_tokens) if self.order.width == space.num_codebooks
+            else CodebookHeads(dim, space.num_codebooks, space.codebook_size)
+        )  # fmt: skip
         nn.init.normal_(self.embedding.weight, std=0.02)
-        # Zero: the first loss is ln V exactly.
-        nn.init.zeros_(self.head.weight)
 
     def forward(self, indices: Tensor, condition: Tensor | None) -> Loss:
         """See :meth:`Generator.forward`."""
@@ -119,7 +130,7 @@ class AR(Generator):
         self,
         condition: Tensor | None,
         *,
-        rng: Sequence[torch.Generator],
+        rng: Rng = None,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -131,6 +142,7 @@ class AR(Generator):
         second half ends where no later step is guided.
         """
         check_settings(self.space.codebook_size, temperature=temperature, top_k=top_k, top_p=top_p)
+        rng = one_each(rng, condition)
         scales = self._scales(guidance)
         guides = condition is not None  # without a condition both halves were the same
         num_guided = max((step + 1 for step, scale in enumerate(scales) if guides and scale != 1), default=0)
@@ -192,23 +204,16 @@ class AR(Generator):
         each: Tensor = functional.cross_entropy(logits.flatten(0, 2), target.flatten(), reduction="none")
         return each.view_as(target)
 
-    def _heads(self) -> Tensor:
-        """``[K, V, dim]``."""
-        return self.head.weight.view(self.space.num_codebooks, self.space.codebook_size, -1)
-
     def _logits(self, hidden: Tensor) -> Tensor:
         """``[B, T, K, V]`` of ``hidden [B, S, dim]``."""
-        num_codebooks = self.space.num_codebooks
-        if self.order.width == num_codebooks:
-            return self._within_limits(self.order.from_steps(self.head(hidden).unflatten(-1, (num_codebooks, -1))))
-        # One token a step: step t K + k is of codebook k.
-        by_codebook = hidden.unflatten(1, (-1, num_codebooks))
-        return self._within_limits(torch.einsum("btkd,kvd->btkv", by_codebook, self._heads()))
+        logits = self.head(hidden)
+        if not isinstance(self.head, CodebookHeads):
+            logits = self.order.from_steps(logits.unflatten(-1, (self.space.num_codebooks, -1)))
+        return self._within_limits(logits)
 
     def _step_logits(self, hidden: Tensor, step: int) -> Tensor:
         """``[B, W, V]`` of ``hidden [B, dim]``."""
-        num_codebooks = self.space.num_codebooks
-        if self.order.width == num_codebooks:
-            return self._within_limits(self.head(hidden).unflatten(-1, (num_codebooks, -1)))
-        codebook = step % num_codebooks
-        return self._within_limits(functional.linear(hidden, self._heads()[codebook])[:, None], codebook)
+        if not isinstance(self.head, CodebookHeads):
+            return self._within_limits(self.head(hidden).unflatten(-1, (self.space.num_codebooks, -1)))
+        codebook = step % self.space.num_codebooks
+        return self._within_limits(self.head[codebook](hidden)[:, None], codebook)

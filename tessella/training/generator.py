@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -46,7 +48,8 @@ class GeneratorStep(Step):
     def tokens_and_condition(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """``indices [B, *S, K]`` and the condition of a batch of pictures or tokens."""
         x = batch["x"]
-        condition = None if self._batch_key is None else batch[self._batch_key]  # type: ignore[literal-required]
+        # A batch without it is refused by the conditioner, which knows whether it needs one.
+        condition = None if self._batch_key is None else cast(Tensor | None, batch.get(self._batch_key))
         return self.tokenizer.encode(x) if x.is_floating_point() else x, condition
 
     @torch.no_grad()

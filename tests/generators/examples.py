@@ -81,6 +81,12 @@ EXAMPLES = [
     # Input and output share one table, which also holds the labels and MASK: near ln(number of rows), not exactly.
     Example("maskgit", {"conditioner": LABEL, **_MASKGIT}, first_loss=math.log(11 + NUM_CLASSES + 1), tolerance=0.2),
     Example("maskgit", {"conditioner": NONE, **_MASKGIT}, LINE, first_loss=math.log(2 * 11 + 1), tolerance=0.2),
+    Example(
+        "maskgit",
+        {"conditioner": LABEL, **_MASKGIT, "norm": "pre", "order": "even", "min_mask_ratio": 0.0},
+        first_loss=math.log(11 + NUM_CLASSES + 1),
+        tolerance=0.2,
+    ),
     # The loss is the mean over digits; that of the whole code, ln 12, is their sum.
     Example(
         "digits",

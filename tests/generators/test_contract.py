@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tessella import config
 from tessella.generators.base import Generator
 from tessella.generators.maskgit import MaskGIT
-from tessella.generators.sampling import generators
+from tessella.generators.sampling import generators, sample_seed
 
 from .examples import EXAMPLES, NUM_CLASSES, Example, missing_examples
 
@@ -106,6 +106,54 @@ def test_sampling_is_evaluation_whatever_the_mode(example: Example) -> None:
         assert torch.equal(sampled, expected)
     assert not frozen.training
     assert all(part.training for part in generator.modules() if part is not frozen)
+
+
+@every
+def test_randomness_in_every_form(example: Example) -> None:
+    generator, condition = lively(example), labels(example)
+    own = [sample_seed(7, row) for row in range(3)]
+    expected = generator.sample(condition, rng=generators(own))
+    count = 3 if example.conditional else 1  # a seed does not say how many
+    assert torch.equal(generator.sample(condition, rng=7), expected[:count])
+    assert torch.equal(generator.sample(condition, rng=tuple(generators(own))), expected)
+    one = torch.Generator().manual_seed(3)
+    first, second = generator.sample(condition, rng=one), generator.sample(condition, rng=one)
+    assert not torch.equal(first, second), "a generator moves on"
+    assert torch.equal(generator.sample(condition, rng=torch.Generator().manual_seed(3)), first)
+    torch.manual_seed(5)
+    third, fourth = generator.sample(condition), generator.sample(condition)
+    assert len(third) == count
+    assert not torch.equal(third, fourth)
+    torch.manual_seed(5)
+    assert torch.equal(generator.sample(condition), third)
+    with pytest.raises(ValueError, match="a seed must be at least 0, got -1"):
+        generator.sample(condition, rng=-1)
+
+
+@every
+def test_every_linear_layer_is_called_as_a_module(example: Example) -> None:
+    """Else a hook, an adapter or sharding of parameters would pass it by."""
+    generator = lively(example)
+    called: set[str] = set()
+    layers = {name: layer for name, layer in generator.named_modules() if isinstance(layer, nn.Linear)}
+    for name, layer in layers.items():
+        layer.register_forward_hook(lambda *_, name=name: called.add(name))
+    for run in (
+        lambda: generator(indices(example), labels(example)),
+        lambda: generator.sample(labels(example), rng=generators(range(3))),
+        lambda: generator.bits(indices(example), labels(example)),
+    ):
+        called.clear()
+        run()
+        assert called == set(layers)
+
+
+@conditional
+def test_training_without_its_condition_is_refused(example: Example) -> None:
+    generator = lively(example)
+    generator(indices(example), None)  # evaluation may
+    with pytest.raises(ValueError, match=r'Label got no condition to train with.*as batch\["label"\]'):
+        generator.train()(indices(example), None)
 
 
 @every
