@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -13,13 +14,13 @@ from tessella.conditioners.base import Conditioner
 from tessella.config import build
 from tessella.generators.base import Generator, Guidance, Loss
 from tessella.generators.heads import CodebookHeads, zero_head
-from tessella.generators.orders import delay, flattened
+from tessella.generators.orders import delay, flattened, parallel
 from tessella.generators.sampling import (
     Rng,
     check_guidance,
     check_settings,
     choose,
-    guided,
+    guided_halves,
     inference,
     one_each,
     uniforms,
@@ -27,7 +28,11 @@ from tessella.generators.sampling import (
 from tessella.tokenizer import TokenSpace
 from tessella.transformer import Rotary, Transformer
 
-_ORDERS = {"flattened": flattened, "delay": delay}
+_ORDERS = {"flattened": flattened, "delay": delay, "parallel": parallel}
+
+# Draws a step's tokens [B, W] from hidden states [B, dim], or with a scale of guidance [2 B, dim]: of the conditions,
+# then of none. Also takes the number of the step, that scale or None, and the step's uniform numbers [B, U].
+Draw = Callable[[Tensor, int, float | None, Tensor], Tensor]
 
 
 class AR(Generator):
@@ -70,7 +75,7 @@ class AR(Generator):
         hidden: int | None = None,
         adaln: bool = False,
         gate_init: float = 1e-3,
-        order: Literal["flattened", "delay"] = "flattened",
+        order: Literal["flattened", "delay", "parallel"] = "flattened",
         rotary: Literal["sequence", "grid", "grid_zero_prefix"] = "grid",
         dropout: float = 0.1,
         token_dropout: float = 0.1,
@@ -118,12 +123,20 @@ class AR(Generator):
         Raises:
             ValueError: indices of another shape or range.
         """
+        return self._logits(self.hidden_states(indices, condition)).float()
+
+    def hidden_states(self, indices: Tensor, condition: Tensor | None) -> Tensor:
+        """``[B, S, dim]``, each to predict a step of ``indices [B, *S, K]`` from those before it.
+
+        Raises:
+            ValueError: indices of another shape or range.
+        """
         self.check_indices(indices)
         steps = self.order.to_steps(indices.flatten(1, -2))
         prefix = self.conditioner(condition, len(indices))
         x = self.token_dropout(torch.cat([prefix, self._embed(steps[:, :-1], 0)], 1))
-        hidden = self.transformer(x, condition=self._modulator(prefix))[:, prefix.shape[1] - 1 :]
-        return self._logits(hidden).float()
+        hidden: Tensor = self.transformer(x, condition=self._modulator(prefix))[:, prefix.shape[1] - 1 :]
+        return hidden
 
     @inference
     def sample(
@@ -142,7 +155,22 @@ class AR(Generator):
         second half ends where no later step is guided.
         """
         check_settings(self.space.codebook_size, temperature=temperature, top_k=top_k, top_p=top_p)
-        rng = one_each(rng, condition)
+
+        def draw(hidden: Tensor, step: int, scale: float | None, uniform: Tensor) -> Tensor:
+            logits = guided_halves(self._step_logits(hidden, step), scale)
+            return choose(logits, uniform, temperature=temperature, top_k=top_k, top_p=top_p)
+
+        return self._generate(condition, one_each(rng, condition), guidance, draw, self.order.width)
+
+    def _generate(
+        self,
+        condition: Tensor | None,
+        rng: list[torch.Generator],
+        guidance: Guidance,
+        draw: Draw,
+        num_uniforms: int,
+    ) -> Tensor:
+        """Indices ``[B, *S, K]``, ``draw`` choosing those of each step with ``num_uniforms`` random numbers."""
         scales = self._scales(guidance)
         guides = condition is not None  # without a condition both halves were the same
         num_guided = max((step + 1 for step, scale in enumerate(scales) if guides and scale != 1), default=0)
@@ -151,15 +179,11 @@ class AR(Generator):
             x = torch.cat([x, self.conditioner.null(len(rng))])
         modulator = self._modulator(x)
         cache = self.transformer.new_cache(x.shape[1] + self.order.num_steps - 1, static=x.is_cuda)
-        uniform = uniforms(rng, self.order.num_steps, self.order.width, device=x.device)
-        steps = torch.empty(uniform.shape, dtype=torch.int64, device=x.device)
+        uniform = uniforms(rng, self.order.num_steps, num_uniforms, device=x.device)
+        steps = torch.empty(len(rng), self.order.num_steps, self.order.width, dtype=torch.int64, device=x.device)
         for step, scale in enumerate(scales):
             hidden = self.transformer(x, condition=modulator, cache=cache)[:, -1]
-            logits = self._step_logits(hidden, step)
-            if step < num_guided:
-                own, null = logits.chunk(2)
-                logits = own if scale == 1 else guided(own, null, scale)
-            tokens = choose(logits, uniform[:, step], temperature=temperature, top_k=top_k, top_p=top_p)
+            tokens = draw(hidden, step, scale if step < num_guided else None, uniform[:, step])
             steps[:, step] = tokens.masked_fill(self.order.slots[step] < 0, -1)
             x = self._embed(steps[:, step : step + 1], step)
             if step + 1 < num_guided:

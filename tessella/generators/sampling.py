@@ -108,6 +108,15 @@ def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     return unconditional + scale * (conditional - unconditional)
 
 
+def guided_halves(logits: Tensor, scale: float | None) -> Tensor:
+    """``[B, ...]`` of ``logits [2 B, ...]``, those of the conditions and then of none; unchanged where not guided."""
+    if scale is None:
+        return logits
+    conditional, null = logits.chunk(2)
+    # Without the difference where it does not count: 1 is none to the last bit.
+    return conditional if scale == 1 else guided(conditional, null, scale)
+
+
 def truncated(logits: Tensor, *, top_k: int | None = None, top_p: float | None = None) -> Tensor:
     """``logits [..., V]`` with -inf for tokens outside the k likeliest, then outside the nucleus of mass ``top_p``.
 
