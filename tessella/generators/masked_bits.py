@@ -69,7 +69,8 @@ class MaskedBits(AR):
 
     Its tokens are the K codebooks of a space; inside :class:`Digits` they are the channels of FSQ or the bits of LFQ
     and BSQ (``bases`` all 2), so no layer has the size of the codebook. The paper's head is residual blocks over all
-    bits of a code, modulated by h; this one is too, but attends among the digits, of any number of values.
+    bits of a code at once; this one attends among the digits, of any number of values. Both are modulated by h. How
+    many digits training hides is our choice, for what the loss then is.
 
     .. math:: L = E_m E_{|M| = m} \frac{1}{m} \sum_{i \in M} -ln \, p(t_i | t_{\notin M}, h), \quad m \sim U\{1..K\}
 
