@@ -8,12 +8,14 @@ import pytest
 import torch
 from conftest import write_pictures
 
-from tessella import config, pipeline
+import tessella
+from tessella import config
 from tessella.autoencoders import conv as autoencoder_module
+from tessella.recipe import read_recipe, recipe_names
 from tessella.tokenizer import TokenSpace
 from tessella.training.logs import read_log
 
-SMALL = [name for name in config.recipe_names() if name.endswith("_small") or name.startswith("scq_")]
+SMALL = [name for name in recipe_names() if name.endswith("_small") or name.startswith("scq_")]
 
 
 @pytest.mark.slow
@@ -22,9 +24,9 @@ def test_small_siblings_train(name: str, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     write_pictures(tmp_path / "pictures", 8, size=72)
     overrides = ["training.steps=2", "training.batch_size=2", "training.log_every=1", "loss.perceptual_weight=0.0"]
-    if "adversary" in config.read_recipe(name).get("loss", {}):
+    if "adversary" in read_recipe(name).get("loss", {}):
         overrides += ["loss.adversary.start_step=1", "loss.adversary.warmup_steps=1"]
-    folder = pipeline.train(name, data="pictures", overrides=overrides, out=Path("run"), device="cpu", quiet=True)
+    folder = tessella.train(name, data="pictures", overrides=overrides, out=Path("run"), device="cpu", quiet=True)
     last = read_log(folder / "log.jsonl")[-1]
     assert last["step"] == 2
     assert ("grad_norm/discriminator" in last) == (len(overrides) == 6)
@@ -40,7 +42,7 @@ def test_small_siblings_train(name: str, tmp_path: Path, monkeypatch: pytest.Mon
     ],
 )  # fmt: skip
 def test_generators_have_the_published_sizes(name: str, codebook_size: int, parameters: float) -> None:
-    recipe = config.read_recipe(name)
+    recipe = read_recipe(name)
     recipe["generator"]["conditioner"]["num_classes"] = 1000
     space = TokenSpace((16, 16), 1, codebook_size, "0")
     with torch.device("meta"):
@@ -57,7 +59,7 @@ def test_generators_have_the_published_sizes(name: str, codebook_size: int, para
     ],
 )  # fmt: skip
 def test_tokenizers_have_the_published_sizes(name: str, parameters: float) -> None:
-    recipe = config.read_recipe(name)
+    recipe = read_recipe(name)
     with torch.device("meta"):
         autoencoder, quantizer = (config.build_section(recipe, section) for section in ("autoencoder", "quantizer"))
         tokenizer = config.build_section(recipe, "tokenizer", autoencoder=autoencoder, quantizer=quantizer)
@@ -118,7 +120,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize(("name", "published"), [("maskgit_fsq", 52_962_951), ("maskgit_vq", 54_515_587)])
 def test_the_published_form_of_maskgit_differs_by_four_shortcuts(name: str, published: int) -> None:
-    recipe = config.read_recipe(name)
+    recipe = read_recipe(name)
     with torch.device("meta"):
         autoencoder, quantizer = (config.build_section(recipe, section) for section in ("autoencoder", "quantizer"))
     own = sum(parameter.numel() for part in (autoencoder, quantizer) for parameter in part.parameters())
@@ -130,7 +132,7 @@ def test_the_published_form_of_maskgit_differs_by_four_shortcuts(name: str, publ
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_weights_and_schedules_are_the_published_ones(name: str) -> None:
-    resolved = config.resolve_recipe(config.read_recipe(name))
+    resolved = config.resolve_recipe(read_recipe(name))
     found = {}
     for key in PUBLISHED[name]:
         value = resolved
@@ -153,7 +155,7 @@ AR_SCHEDULES = {
 
 @pytest.mark.parametrize("name", AR_SCHEDULES)
 def test_schedules_of_generators_are_the_published_ones(name: str) -> None:
-    loop = config.build_section(config.read_recipe(name), "training")
+    loop = config.build_section(read_recipe(name), "training")
     found = (loop.lr, list(loop.betas), loop.weight_decay, loop.warmup_steps, loop.decay, loop.batch_size)
     assert found == AR_SCHEDULES[name]
     end = {"ibq_ar_b": 0.1, "ibq_ar_l": 0.1, "ibq_ar_xl": 0.01, "ibq_ar_xxl": 0.01}.get(name, 1.0)
@@ -176,15 +178,15 @@ FIRST_STEP = {"vqgan": 0.2, "vqgan_small": 0.02, "cifar10_vq": 0.05}
 
 def with_codes() -> list[str]:
     found = []
-    for name in config.recipe_names():
-        quantizer = config.read_recipe(name).get("quantizer", {}).get("name")
+    for name in recipe_names():
+        quantizer = read_recipe(name).get("quantizer", {}).get("name")
         found += [name] if quantizer in ("vq", "ema", "ibq", "scq", "simvq", "gumbel") else []
     return found
 
 
 @pytest.mark.parametrize("name", with_codes())
 def test_the_first_step_leaves_used_codes_about_where_they_start(name: str) -> None:
-    recipe = config.read_recipe(name)
+    recipe = read_recipe(name)
     # The start of all but VQ is the same at any size.
     if recipe["quantizer"]["name"] != "vq":
         recipe["quantizer"]["codebook_size"] = min(recipe["quantizer"]["codebook_size"], 1024)

@@ -1,4 +1,4 @@
-"""Every quantizer with every option through a training run with averaged weights, to a model that encodes and decodes."""
+"""Every quantizer with every option through a run with averaged weights, to a model that encodes and decodes."""
 
 from __future__ import annotations
 
