@@ -70,6 +70,10 @@ class Conv(Autoencoder):
                             "in_channels": in_channels}.items():  # fmt: skip
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        for name, count in {"num_res_blocks": num_res_blocks,
+                            "num_decoder_res_blocks": num_decoder_res_blocks or 0}.items():  # fmt: skip
+            if count < 0:
+                raise ValueError(f"{name} must be at least 0, got {count}")
         if not multipliers or min(multipliers) < 1:
             raise ValueError(f"multipliers must hold at least one number, none below 1, got {list(multipliers)}")
         strides = [patch_px * 2**level for level in range(len(multipliers))]
