@@ -26,13 +26,18 @@ from typing import Any
 import torch
 
 from tessella.checkpoint import load, write_text
-from tessella.config import ConfigError, Spec, build_section, resolve_recipe, to_toml
-from tessella.data.base import evaluation_batches
+from tessella.commands._data import data_section
+from tessella.commands.train import train
+from tessella.config import build_section, resolve_recipe
+from tessella.data.loader import evaluation_batches
+from tessella.errors import ConfigError
 from tessella.evaluation.codebook import CodeCounter
-from tessella.evaluation.reconstruction import picture_scores
+from tessella.evaluation.image import lpips_scores, picture_scores
 from tessella.losses.perceptual import LPIPS
-from tessella.pipeline import data_section, train
-from tessella.report.study import plot_study
+from tessella.processes import end_with_parent
+from tessella.recipe import to_toml
+from tessella.registry import Spec
+from tessella.reporting.study import plot_study
 
 logger = logging.getLogger("tessella")
 
@@ -184,7 +189,10 @@ def _run_all(missing: list[Cell], out: Path, settings: dict[str, Any], weights: 
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("cells", total=len(missing))
         context = multiprocessing.get_context("spawn")
-        with _terminable(), ProcessPoolExecutor(jobs, mp_context=context, initializer=_one_thread) as pool:
+        with (
+            _terminable(),
+            ProcessPoolExecutor(jobs, mp_context=context, initializer=_prepare_worker, initargs=(os.getpid(),)) as pool,
+        ):
             futures = {pool.submit(run_cell, cell, out, settings, weights): cell for cell in missing}
             try:
                 for future in as_completed(futures):
@@ -215,7 +223,8 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _one_thread() -> None:
+def _prepare_worker(parent: int) -> None:
+    end_with_parent(parent)
     torch.set_num_threads(1)
     logging.getLogger("tessella").setLevel(logging.WARNING)
 
@@ -254,8 +263,8 @@ def measure(run: Path, pictures: int, weights: Path | None) -> dict[str, Any]:
         timings.append(time.perf_counter() - start)
         codes.update(out.indices)
         soft = tokenizer.autoencoder.decode(tokenizer.from_code(out.z_q))
-        scores = picture_scores(x, soft, lpips=metrics)
-        scores["hard_psnr"] = picture_scores(x, tokenizer.decode(out.indices), lpips={})["psnr"]
+        scores = picture_scores(x, soft) | lpips_scores(x, soft, metrics)
+        scores["hard_psnr"] = picture_scores(x, tokenizer.decode(out.indices))["psnr"]
         scores["quantization_error"] = (z - out.z_q).square().mean((1, 2, 3))
         scores["latent_variance"] = z.var(dim=(0, 1, 2), unbiased=False).mean().expand(len(x))
         if "support_size" in out.metrics:
