@@ -402,6 +402,7 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
         CheckpointError: missing or damaged.
     """
     file = checkpoint / STATE
+    recover(checkpoint.parent)
     with _advice(checkpoint):
         if not file.is_file():
             raise CheckpointError(f"{file} is missing")
