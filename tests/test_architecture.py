@@ -20,7 +20,7 @@ RANKS = {
     "checkpoint": 4,
     "data": 5, "losses": 5,
     "evaluation": 6,
-    "report": 7, "training": 7,
+    "report": 7, "training": 7, "interop": 7,
     "generate": 8,
     "pipeline": 9,
     "study": 10,
