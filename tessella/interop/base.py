@@ -98,7 +98,7 @@ Table = Mapping[str, Take]
 
 
 def take(name: str) -> Take:
-    """One published tensor as it is, but for axes of size 1 at its end (a 1 x 1 convolution is a linear layer)."""
+    """One published tensor as it is, but for axes of size 1 (a 1 x 1 convolution is a linear layer)."""
     return Take((name,))
 
 
@@ -184,12 +184,8 @@ class Account:
 
 
 def _same_numbers(given: Sequence[int], wanted: Sequence[int]) -> bool:
-    """Whether the shapes differ by nothing but ones at the end."""
-    shapes = [list(given), list(wanted)]
-    for shape in shapes:
-        while shape and shape[-1] == 1:
-            shape.pop()
-    return shapes[0] == shapes[1]
+    """Whether the shapes differ by axes of size 1 alone, and so hold the same numbers in the same order."""
+    return [size for size in given if size != 1] == [size for size in wanted if size != 1]
 
 
 def empty_tokenizer(recipe: Spec) -> Tokenizer:
