@@ -15,7 +15,7 @@ FAMILIES = (
     "ibq", "ibq_ar", "open_magvit2", "llamagen", "simvq", "taming", "diffusers", "titok", "maskgit_vqgan", "cosmos",
 )  # fmt: skip
 # What a file of weights is called in the folders that people download, the best first.
-_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".jit")
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".jit")
 _WHOLE, _HALVES = "autoencoder.jit", ("encoder.jit", "decoder.jit")
 
 
@@ -92,14 +92,14 @@ def read_source(path: Path) -> tuple[Checkpoint, list[Path]]:
     if all(half.is_file() for half in halves):
         parts = [_read(half) for half in halves]
         return Checkpoint(path, {name: x for part in parts for name, x in part.tensors.items()}, "torchscript"), halves
-    for suffix in _SUFFIXES:
+    for suffix in SUFFIXES:
         found = sorted(file for file in path.iterdir() if file.suffix == suffix)
         if len(found) == 1:
             return _read(found[0]), found
         if found:
             names = ", ".join(file.name for file in found)
             raise ConversionError(f"{path} holds several checkpoints; name one of: {names}")
-    raise ConversionError(f"{path} holds no file of weights ({', '.join(_SUFFIXES)})")
+    raise ConversionError(f"{path} holds no file of weights ({', '.join(SUFFIXES)})")
 
 
 def _read(file: Path) -> Checkpoint:

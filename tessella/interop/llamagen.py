@@ -31,8 +31,8 @@ LICENCE = "MIT"
 PAPER = "arXiv 2406.06525"
 PROTOCOL = (
     "tokenizer: FID of 8-bit PNGs by the ADM evaluation suite, 50,000 ImageNet validation pictures at 256 px; "
-    "generator: 50,000 samples of random classes, guidance 2.0 for B and L, 1.75 for XL and XXL, 1.65 for 3B; models of "
-    "24 x 24 tokens paint 384 px, resized to 256 by a bicubic filter"
+    "generator: 50,000 samples of random classes, guidance 2.0 for B and L, 1.75 for XL and XXL, 1.65 for 3B; models "
+    "of 24 x 24 tokens paint 384 px, resized to 256 by a bicubic filter"
 )
 _NAMING = Naming(
     down_block="encoder.conv_blocks.{level}.res.{index}",

@@ -686,7 +686,9 @@ class Llama:
         return torch.stack(table)
 
     def _attention(self, s: State, at: str, y: Tensor, turns: Tensor) -> Tensor:
-        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in (y @ s[f"{at}.attention.wqkv.weight"].T).chunk(3, -1))
+        q, k, v = (
+            part.unflatten(-1, (self.heads, -1)) for part in (y @ s[f"{at}.attention.wqkv.weight"].T).chunk(3, -1)
+        )
 
         def turned(x: Tensor) -> Tensor:
             pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())

@@ -23,7 +23,19 @@ from tessella.interop.convert import family_module, recognise
 from tessella.interop.reading import sha256
 from tessella.tokenizer import TokenSpace
 from tests.interop.originals import (
-    DIFFUSERS, LLAMAGEN, TAMING, VQGAN, Cosmos, Llama, Magvit, MaskGIT, Shapes, Size, State, TiTok, nearest_code,
+    DIFFUSERS,
+    LLAMAGEN,
+    TAMING,
+    VQGAN,
+    Cosmos,
+    Llama,
+    Magvit,
+    MaskGIT,
+    Shapes,
+    Size,
+    State,
+    TiTok,
+    nearest_code,
 )  # fmt: skip
 
 NARROW = Size(channels=32, mult=(1, 1, 2, 2, 4), blocks=2, features=48)
@@ -90,7 +102,9 @@ def simvq_case() -> Case:
     shapes.linear("quantize.embedding_proj", 32, 32)
 
     def codes(s: State) -> Tensor:
-        return s["quantize.embedding.weight"] @ s["quantize.embedding_proj.weight"].T + s["quantize.embedding_proj.bias"]
+        return (
+            s["quantize.embedding.weight"] @ s["quantize.embedding_proj.weight"].T + s["quantize.embedding_proj.bias"]
+        )
 
     return Case(
         "simvq", shapes.random(2), lambda s, x: nearest_code(model.latent(s, x), codes(s)),
@@ -129,7 +143,12 @@ def titok_case(proxy: bool) -> Case:
         return nearest_code(F.normalize(z, dim=-1) if proxy else z, codes(s))
 
     return Case(
-        "titok", model.shapes().random(5), encode, lambda s, i: 2 * model.picture(s, codes(s)[i]) - 1, {}, (2, 3, 32, 32)
+        "titok",
+        model.shapes().random(5),
+        encode,
+        lambda s, i: 2 * model.picture(s, codes(s)[i]) - 1,
+        {},
+        (2, 3, 32, 32),
     )
 
 
@@ -157,7 +176,7 @@ def container(content: State, kind: str, folder: Path) -> Path:
 def cases() -> dict[str, tuple[Callable[[], Case], str, torch.dtype, bool]]:
     return {
         "ibq": (lambda: vqgan_case("ibq", TAMING, DEEP, dim=48, metric="dot"), "state_dict", torch.float32, True),
-        "ibq-consolidated": (lambda: vqgan_case("ibq", TAMING, DEEP, dim=48, metric="dot"), "bare", torch.float16, False),
+        "ibq-plain": (lambda: vqgan_case("ibq", TAMING, DEEP, dim=48, metric="dot"), "bare", torch.float16, False),
         "taming": (lambda: vqgan_case("taming", TAMING, NARROW, dim=48, metric="euclidean"), "state_dict",
                    torch.float32, False),
         "llamagen": (lambda: vqgan_case("llamagen", LLAMAGEN, NARROW, dim=8, metric="cosine"), "model", torch.float32,
@@ -181,7 +200,9 @@ def test_converted_tokenizers_encode_and_decode_as_the_originals(name: str, tmp_
     make, kind, dtype, has_average = cases()[name]
     case = make()
     stored = {key: x.to(dtype) for key, x in case.state.items()}
-    content = averaged(stored, frozen=("quantize.embedding.weight",) if name == "simvq" else ()) if has_average else stored
+    content = (
+        averaged(stored, frozen=("quantize.embedding.weight",) if name == "simvq" else ()) if has_average else stored
+    )
     if name == "llamagen":
         content["quantize.codebook_used"] = torch.zeros(65536)
     file = container({**content, **case.extra}, kind, tmp_path)
@@ -195,7 +216,9 @@ def test_converted_tokenizers_encode_and_decode_as_the_originals(name: str, tmp_
     ours = tokenizer.encode(x)
     assert torch.equal(ours[..., 0], indices)
     expected = case.decode(original, indices)
-    torch.testing.assert_close(tokenizer.decode(ours), expected, rtol=0, atol=1e-5 * max(1, float(expected.abs().max())))
+    torch.testing.assert_close(
+        tokenizer.decode(ours), expected, rtol=0, atol=1e-5 * max(1, float(expected.abs().max()))
+    )
 
     about = tomllib.loads((out / "recipe.toml").read_text())["source"]
     assert about["family"] == case.family
@@ -211,6 +234,7 @@ def published() -> dict[str, tuple[str, Shapes, int, int | None]]:
     simvq.linear("quantize.embedding_proj", 128, 128)
     maskgit = MaskGIT(Size(), codes=1024)
     deep = Size(blocks=4)
+    magvit = Magvit(Size(blocks=4, features=18), adaptive=True)
     eight = Size(mult=(1, 2, 2, 4), attention=(3,))
     return {
         **{
@@ -221,7 +245,7 @@ def published() -> dict[str, tuple[str, Shapes, int, int | None]]:
         "LlamaGen VQ-16": ("llamagen", VQGAN(LLAMAGEN, Size(), dim=8, codes=16384).shapes(), 343, 71_883_403),
         "LlamaGen VQ-8": ("llamagen", VQGAN(LLAMAGEN, eight, dim=8, codes=16384).shapes(), None, 70_109_835),
         "SimVQ-65536": ("simvq", simvq, 150, None),
-        "Open-MAGVIT2 262144": ("open_magvit2", Magvit(Size(blocks=4, features=18), adaptive=True).shapes(), None, None),
+        "Open-MAGVIT2 262144": ("open_magvit2", magvit.shapes(), None, None),
         "MaskGIT-VQGAN 1024": ("maskgit_vqgan", maskgit.shapes(), None, 54_515_587),
         "Cosmos-Tokenizer-DI16x16": ("cosmos", Cosmos(Size(mult=(2, 4, 4)), halvings=2).shapes(), None, None),
         "Cosmos-Tokenizer-DI8x8": ("cosmos", Cosmos(Size(mult=(2, 4, 4)), halvings=1).shapes(), None, None),
@@ -300,7 +324,9 @@ def test_converted_generators_compute_as_the_originals(adaptive: bool, tmp_path:
         ours = generator.logits(indices, torch.tensor([3]))[0, :, 0]  # type: ignore[operator]
     torch.testing.assert_close(ours, model.logits(state, 3, indices.flatten(), 4), rtol=1e-4, atol=1e-5)
     assert tokenizer_.decode(indices).shape == (1, 3, 64, 64)
-    assert tomllib.loads((out / "recipe.toml").read_text())["source"]["family"] == ("ibq_ar" if adaptive else "llamagen")
+    assert tomllib.loads((out / "recipe.toml").read_text())["source"]["family"] == (
+        "ibq_ar" if adaptive else "llamagen"
+    )
 
 
 def test_a_generator_needs_its_tokenizer(tmp_path: Path) -> None:
