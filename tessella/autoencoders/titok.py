@@ -79,7 +79,7 @@ class TiTok(Autoencoder):
             raise ValueError(f"x must be [B, 3, {self.stride}, {self.stride}], got {list(x.shape)}; crop the pictures, "
                              "or let Tokenizer.encode pad smaller ones (pad=True)")  # fmt: skip
         patches = self.patch_in((x + 1) / 2).flatten(2).mT
-        tokens = self.encoder(patches, self.queries.expand(len(x), -1, -1))[:, 1 + self.grid**2 :]
+        tokens = self.encoder(patches, self.queries.expand(x.shape[0], -1, -1))[:, 1 + self.grid**2 :]
         latent: Tensor = self.to_latent(self.arrange(tokens))
         return latent
 
@@ -89,7 +89,7 @@ class TiTok(Autoencoder):
 
     def decode(self, latent: Tensor) -> Tensor:
         """``[B, num_latents, E]`` to ``[B, 3, size_px, size_px]`` around [-1, 1]."""
-        masks = self.mask_token.expand(len(latent), self.grid**2, -1)
+        masks = self.mask_token.expand(latent.shape[0], self.grid**2, -1)
         tokens = self.decoder(masks, self.from_latent(latent))[:, 1 : 1 + self.grid**2]
         return 2 * self.picture(tokens) - 1
 
@@ -126,7 +126,7 @@ class Half(nn.Module):
 
     def forward(self, patches: Tensor, latents: Tensor) -> Tensor:
         """``[B, 1 + patches + latents, width]``, normalised."""
-        places = torch.cat([self.class_token.expand(len(patches), 1, -1), patches], 1) + self.positions
+        places = torch.cat([self.class_token.expand(patches.shape[0], 1, -1), patches], 1) + self.positions
         tokens = torch.cat([places, latents + self.latent_positions], 1)
         out: Tensor = self.transformer(self.norm_in(tokens))
         return out

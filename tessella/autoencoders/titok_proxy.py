@@ -59,7 +59,7 @@ class TiTokProxy(TiTok):
 
     def arrange(self, tokens: Tensor) -> Tensor:
         """See :meth:`TiTok.arrange`: the numbers of a sample in another shape, not the transpose."""
-        return tokens.reshape(len(tokens), tokens.shape[2], tokens.shape[1]).mT
+        return tokens.reshape(tokens.shape[0], tokens.shape[2], tokens.shape[1]).mT
 
     def picture(self, tokens: Tensor) -> Tensor:
         """See :meth:`TiTok.picture`."""
