@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from tessella.autoencoders.conv import Attention, Conv, ResBlock
-from tessella.config import Spec
 from tessella.interop.base import Checkpoint, ConversionError, Take, count, take
+from tessella.registry import Spec
 
 _ATTENTION = ("norm", "q", "k", "v", "proj_out")
 

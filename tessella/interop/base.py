@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from tessella.checkpoint import save_generator, save_model
-from tessella.config import Spec, build_section
+from tessella.config import build_section
 from tessella.generators.base import Generator
 from tessella.interop.reading import EMA, Checkpoint, ConversionError, Problems, averaged
+from tessella.registry import Spec
 from tessella.tokenizer import Tokenizer, TokenSpace
 
 # Of the trainer, not of the model, in checkpoints of Lightning modules.

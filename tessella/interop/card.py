@@ -11,8 +11,8 @@ from typing import Any
 from safetensors import safe_open
 
 from tessella.checkpoint import WEIGHTS, load_recipe
-from tessella.config import Spec
 from tessella.interop.reading import ConversionError
+from tessella.registry import Spec
 
 # What the hub calls the licences it knows; any other is "other", with its name.
 _KNOWN = {"mit", "apache-2.0", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-nc-4.0", "openrail"}
@@ -125,17 +125,14 @@ def _use(recipe: Spec, repo: str) -> Iterator[str]:
 
 
 def _numbers(evaluation: Mapping[str, Any]) -> Iterator[str]:
-    from tessella.evaluation.reconstruction import readable
-
     protocol: Mapping[str, Any] = evaluation["protocol"]
-    yield "| | | |"
+    meaning = protocol.get("meaning", {})
+    yield "| number | value | what it is |"
     yield "|---|---|---|"
-    if "psnr" in evaluation:
-        for number in readable(evaluation):
-            yield f"| {number.label} | {number.value} | {number.meaning} |"
-    else:
-        for name, value in _scalars({key: value for key, value in evaluation.items() if key != "protocol"}):
-            yield f"| {name} | {value} | |"
+    for key, value in evaluation.items():
+        if key != "protocol":
+            for name, shown in _scalars({key: value}):
+                yield f"| {name} | {shown} | {meaning.get(key, '')} |"
     yield ""
     yield "Measured so:"
     yield ""
@@ -149,7 +146,7 @@ def _scalars(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, s
         name = f"{prefix}{key}".replace("_", " ")
         if isinstance(value, Mapping):
             yield from _scalars(value, f"{name}, ")
-        elif value not in (None, ""):
+        elif value not in (None, "", []):
             yield name, f"{value:.6g}" if isinstance(value, float) else str(value)
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from tessella.autoencoders.conv import Conv
 from tessella.checkpoint import atomic_folder, load
-from tessella.config import Spec
 from tessella.interop._vqgan import Naming, describe, projections, table
 from tessella.interop.base import (
     Account,
@@ -25,6 +24,7 @@ from tessella.interop.base import (
     take,
 )  # fmt: skip
 from tessella.quantizers.vq import VQ
+from tessella.registry import Spec
 
 LICENCE = "as stated where the model was published"
 PAPER = "arXiv 2012.09841"

@@ -194,7 +194,7 @@ def _stage(
 ) -> None:  # fmt: skip
     """Lay out what will be uploaded."""
     from tessella.interop.card import model_card
-    from tessella.report.pictures import save_image_grid
+    from tessella.reporting.pictures import save_image_grid
 
     card = model_card(folder, repo, evaluation, licence=licence, data=data)
     recipe = load_recipe(folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from tessella.checkpoint import fingerprint
-from tessella.config import Spec
 from tessella.interop import ibq
 from tessella.interop.base import (
     Account,
@@ -17,6 +16,7 @@ from tessella.interop.base import (
     joined,
     take,
 )  # fmt: skip
+from tessella.registry import Spec
 from tessella.tokenizer import TokenSpace
 
 LICENCE = "Apache-2.0"

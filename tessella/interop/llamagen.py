@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 
 from tessella.checkpoint import CheckpointError, fingerprint, load
-from tessella.config import Spec
 from tessella.interop._vqgan import Naming, describe, projections, table
 from tessella.interop.base import (
     Account,
@@ -25,6 +24,7 @@ from tessella.interop.base import (
 )  # fmt: skip
 from tessella.interop.ibq_ar import block
 from tessella.interop.reading import read_checkpoint
+from tessella.registry import Spec
 from tessella.tokenizer import Tokenizer, TokenSpace
 
 LICENCE = "MIT"

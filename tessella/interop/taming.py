@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from tessella.config import Spec
 from tessella.interop._vqgan import TAMING, describe, projections, table
 from tessella.interop.base import TRAINING, Account, Checkpoint, Converted, Options, empty_tokenizer, take
+from tessella.registry import Spec
 
 LICENCE = "MIT (of the code the weights were released with)"
 PAPER = "arXiv 2012.09841"

@@ -6,7 +6,6 @@ from __future__ import annotations
 from tessella.autoencoders.maskgit_vqgan import MaskGITVQGAN
 from tessella.autoencoders.titok import TiTok
 from tessella.autoencoders.titok_proxy import TiTokProxy
-from tessella.config import Spec
 from tessella.interop._vqgan import table
 from tessella.interop.base import (
     Account,
@@ -20,6 +19,7 @@ from tessella.interop.base import (
     take,
 )  # fmt: skip
 from tessella.interop.maskgit_vqgan import NAMING
+from tessella.registry import Spec
 
 LICENCE = "Apache-2.0"
 PAPER = "arXiv 2406.07550"

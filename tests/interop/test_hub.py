@@ -199,7 +199,15 @@ def test_the_card_says_everything(tmp_path: Path) -> None:
         "tags": ["tokenizer", "discrete", "fsq"],
     }  # fmt: skip
     assert "more information needed" not in card.lower()
-    for fact in ("21.50 dB", "90.00 %", "24 photographs", "hf://me/mine", "grid.png", "pixels: uint8", "SSIM"):
+    for fact in (
+        "| psnr | 21.5 | as measured |",
+        "| lpips, alex | 0.2 |",
+        "24 photographs",
+        "hf://me/mine",
+        "grid.png",
+        "pixels: uint8",
+        "sizes, 16x16: 24",
+    ):
         assert fact in body, fact
     with pytest.raises(ConversionError, match=r"licence of the weights \(licence=\.\.\.\); what it was trained on"):
         model_card(tmp_path / "model", "me/mine", EVALUATION)
