@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tessella import autoencoders, conditioners, generators, ops, quantizers
     from tessella.checkpoint import load, load_generator
     from tessella.commands.build import build
+    from tessella.commands.compare import compare
     from tessella.commands.detokenize import detokenize
     from tessella.commands.evaluate import evaluate
     from tessella.commands.quickstart import quickstart
@@ -39,7 +40,7 @@ except PackageNotFoundError:  # a source tree that is on the path without being 
     __version__ = "0+source"
 
 _MODULES = ("autoencoders", "conditioners", "generators", "ops", "quantizers")
-_COMMANDS = ("build", "detokenize", "evaluate", "quickstart", "report", "sample", "tokenize", "train")
+_COMMANDS = ("build", "compare", "detokenize", "evaluate", "quickstart", "report", "sample", "tokenize", "train")
 # Public name -> the module that defines it.
 _HOMES = {
     **{name: f"tessella.commands.{name}" for name in _COMMANDS},
@@ -58,7 +59,7 @@ _HOMES = {
 
 __all__ = [
     "Reconstruction", "SampleSettings", "TessellaError", "TokenSpace", "Tokenizer", "__version__", "autoencoders",
-    "build", "conditioners", "convert", "detokenize", "evaluate", "from_pretrained", "generator_from_pretrained",
+    "build", "compare", "conditioners", "convert", "detokenize", "evaluate", "from_pretrained", "generator_from_pretrained",
     "generators", "load", "load_generator", "ops", "quantizers", "quickstart", "register", "report", "sample",
     "tokenize", "train",
 ]  # fmt: skip
