@@ -59,9 +59,9 @@ _HOMES = {
 
 __all__ = [
     "Reconstruction", "SampleSettings", "TessellaError", "TokenSpace", "Tokenizer", "__version__", "autoencoders",
-    "build", "compare", "conditioners", "convert", "detokenize", "evaluate", "from_pretrained", "generator_from_pretrained",
-    "generators", "load", "load_generator", "ops", "quantizers", "quickstart", "register", "report", "sample",
-    "tokenize", "train",
+    "build", "compare", "conditioners", "convert", "detokenize", "evaluate", "from_pretrained",
+    "generator_from_pretrained", "generators", "load", "load_generator", "ops", "quantizers", "quickstart", "register",
+    "report", "sample", "tokenize", "train",
 ]  # fmt: skip
 
 

@@ -186,7 +186,7 @@ def _peak_bytes(tokenizer: Tokenizer, x: Tensor) -> int:
         return int(torch.cuda.max_memory_allocated(x.device) - before)
     with _Watch({tensor.untyped_storage()._cdata for tensor in tokenizer.state_dict().values()}) as watch:
         tokenizer.decode(tokenizer.encode(x, pad=True))
-    return watch.most
+    return int(watch.most)
 
 
 class _Watch(TorchDispatchMode):
