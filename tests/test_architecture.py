@@ -13,7 +13,7 @@ PACKAGE = Path(tessella.__file__).parent
 
 # Every module or folder may import those of lower rank, and its own folder.
 RANKS = {
-    "config": 0, "distributed": 0, "extras": 0, "ops": 0, "transformer": 0,
+    "config": 0, "distributed": 0, "extras": 0, "labels": 0, "ops": 0, "transformer": 0,
     "quantizers": 1, "autoencoders": 1, "conditioners": 1,
     "tokenizer": 2,
     "generators": 3,
