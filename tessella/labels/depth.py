@@ -14,6 +14,8 @@ from tessella.labels.planes import plane_classes
 # No camera of these data sets sees so far; sixteen-bit files count millimetres.
 _FARTHEST_M = 1000.0
 
+NO_DEPTH = 0  # the bin of pixels without one
+
 
 @dataclass(frozen=True)
 class DepthBins:
