@@ -19,6 +19,7 @@ class Color(Samples):
     Args:
         split: "train" or "test".
         pictures: the section of that source, such as ``{name = "folder", path = "pictures", crop_px = 64}``.
+        path: in the place of that source's own.
 
     Raises:
         ValueError: that source's own errors, or a source that gives something else than pictures.
@@ -27,10 +28,11 @@ class Color(Samples):
     medium: ClassVar[str] = "color"
     carries = frozenset({"pictures"})
 
-    def __init__(self, *, split: Split, pictures: dict[str, Any]) -> None:
+    def __init__(self, *, split: Split, pictures: dict[str, Any], path: str | None = None) -> None:
         if not issubclass(find("data", str(pictures.get("name"))), ImageDataset):
             raise ConfigError(f"data.pictures must be a source of pictures, {pictures.get('name')!r} is none")
-        self.pictures: ImageDataset = build("data", pictures, split=split)
+        place = {} if path is None else {"path": path}
+        self.pictures: ImageDataset = build("data", {**pictures, **place}, split=split)
         self.class_names = self.pictures.class_names
         self.extent = self.pictures.extent
 
