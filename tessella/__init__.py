@@ -1,21 +1,71 @@
 """Tessella: discrete tokenizers and generation on their tokens.
 
 ``tessella.load(path)`` returns a trained :class:`~tessella.tokenizer.Tokenizer`, ``tessella.load_generator(path)`` a
-generator with its tokenizer; ``tessella.quantizers`` holds every quantizer by its citation name; ``tessella.ops`` the
-exact large-codebook operations they are built on.
+generator with its tokenizer, ``tessella.build(recipe)`` an untrained one; every command is a function:
+``tessella.train(...)``, ``tessella.tokenize(...)``, ``tessella.sample(...)``. ``tessella.quantizers`` holds every
+quantizer by its citation name; ``tessella.ops`` the exact large-codebook operations they are built on.
+
+Importing the package imports none of this: each name is loaded when it is first used.
 """
 
 from __future__ import annotations
 
+import importlib
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
-from tessella import ops, quantizers
-from tessella.checkpoint import load, load_generator
-from tessella.tokenizer import Reconstruction, Tokenizer, TokenSpace
+if TYPE_CHECKING:
+    from tessella import autoencoders, conditioners, generators, ops, quantizers
+    from tessella.checkpoint import load, load_generator
+    from tessella.commands.build import build
+    from tessella.commands.detokenize import detokenize
+    from tessella.commands.evaluate import evaluate
+    from tessella.commands.quickstart import quickstart
+    from tessella.commands.report import report
+    from tessella.commands.sample import sample
+    from tessella.commands.tokenize import tokenize
+    from tessella.commands.train import train
+    from tessella.errors import TessellaError
+    from tessella.generators.drawing import SampleSettings
+    from tessella.registry import register
+    from tessella.tokenizer import Reconstruction, Tokenizer, TokenSpace
 
 try:
     __version__ = version("tessella")
 except PackageNotFoundError:  # a source tree that is on the path without being installed
     __version__ = "0+source"
 
-__all__ = ["Reconstruction", "TokenSpace", "Tokenizer", "__version__", "load", "load_generator", "ops", "quantizers"]
+_MODULES = ("autoencoders", "conditioners", "generators", "ops", "quantizers")
+_COMMANDS = ("build", "detokenize", "evaluate", "quickstart", "report", "sample", "tokenize", "train")
+# Public name -> the module that defines it.
+_HOMES = {
+    **{name: f"tessella.commands.{name}" for name in _COMMANDS},
+    "Reconstruction": "tessella.tokenizer",
+    "SampleSettings": "tessella.generators.drawing",
+    "TessellaError": "tessella.errors",
+    "TokenSpace": "tessella.tokenizer",
+    "Tokenizer": "tessella.tokenizer",
+    "load": "tessella.checkpoint",
+    "load_generator": "tessella.checkpoint",
+    "register": "tessella.registry",
+}
+
+__all__ = [
+    "Reconstruction", "SampleSettings", "TessellaError", "TokenSpace", "Tokenizer", "__version__", "autoencoders",
+    "build", "conditioners", "detokenize", "evaluate", "generators", "load", "load_generator", "ops", "quantizers",
+    "quickstart", "register", "report", "sample", "tokenize", "train",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"tessella.{name}")
+    if name in _HOMES:
+        # Kept, since importing tessella.recipe, say, must not replace a function of the package by a module.
+        value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
+        return value
+    raise AttributeError(f"module 'tessella' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

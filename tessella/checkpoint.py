@@ -24,8 +24,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from tessella.config import ConfigError, Spec, build_section, spec_of, to_toml
+from tessella.config import build_section, spec_of
+from tessella.errors import ConfigError, TessellaError
 from tessella.generators.base import Generator
+from tessella.recipe import to_toml
+from tessella.registry import Spec
 from tessella.tokenizer import Tokenizer
 
 WEIGHTS = "model.safetensors"
@@ -37,7 +40,7 @@ FORMAT_VERSION = 1
 Model = Tokenizer | Generator
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(TessellaError, RuntimeError):
     """A model folder that cannot be read or written; the message names the file."""
 
 

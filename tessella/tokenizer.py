@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from tessella.autoencoders.base import Autoencoder
-from tessella.config import Configurable, Spec
+from tessella.config import Configurable
 from tessella.quantizers.base import Quantized, Quantizer
+from tessella.registry import Spec
 
 
 @dataclass
@@ -66,31 +67,41 @@ class Tokenizer(Configurable, nn.Module):
         self.to_code: nn.Module = nn.Linear(features, dim) if projection else nn.Identity()
         self.from_code: nn.Module = nn.Linear(dim, features) if projection else nn.Identity()
 
-    def forward(self, x: Tensor) -> Reconstruction:
-        """The training path: ``x [B, C, *X]`` in [-1, 1] to its reconstruction, gradients included."""
-        quantized = self.quantizer(self._latents(x))
-        return Reconstruction(self._signal(quantized.z_q), quantized)
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Reconstruction:
+        """The training path: ``x [B, C, *X]`` in [-1, 1] to its reconstruction, gradients included.
+
+        Args:
+            x: the signal.
+            context: ``[B, ...]``, what encoder and decoder both see, for autoencoders that take one (UViM's picture).
+
+        Raises:
+            ValueError: a context that the autoencoder does not take, or none where it needs one.
+        """
+        quantized = self.quantizer(self._latents(x, context))
+        return Reconstruction(self._signal(quantized.z_q, context), quantized)
 
     @torch.no_grad()
-    def encode(self, x: Tensor, *, pad: bool = False) -> Tensor:
+    def encode(self, x: Tensor, context: Tensor | None = None, *, pad: bool = False) -> Tensor:
         """Indices ``[B, *S, K]`` of ``x [B, C, *X]``.
 
         Args:
             x: the signal, in [-1, 1].
+            context: see :meth:`forward`.
             pad: repeat the last samples until every side is a multiple of the stride, instead of refusing others.
         """
-        indices: Tensor = self.quantizer(self._latents(self.pad(x) if pad else x)).indices
+        indices: Tensor = self.quantizer(self._latents(self.pad(x) if pad else x, context)).indices
         return indices
 
     @torch.no_grad()
-    def decode(self, indices: Tensor, *, extent: Sequence[int] | None = None) -> Tensor:
+    def decode(self, indices: Tensor, context: Tensor | None = None, *, extent: Sequence[int] | None = None) -> Tensor:
         """``x_hat [B, C, *X]`` of indices ``[B, *S, K]``; equals what ``forward`` shows in eval mode.
 
         Args:
             indices: int64 in ``[0, V)``.
+            context: see :meth:`forward`.
             extent: the size to crop to, where the signal was padded.
         """
-        x_hat = self._signal(self.quantizer.indices_to_codes(indices))
+        x_hat = self._signal(self.quantizer.indices_to_codes(indices), context)
         if extent is None:
             return x_hat
         window: list[slice] = [slice(None), slice(None), *map(slice, extent)]
@@ -120,9 +131,17 @@ class Tokenizer(Configurable, nn.Module):
         """Where the weights are."""
         return next(self.autoencoder.parameters()).device
 
-    def _latents(self, x: Tensor) -> Tensor:
-        z: Tensor = self.to_code(self.autoencoder.encode(x))
+    def _latents(self, x: Tensor, context: Tensor | None) -> Tensor:
+        z: Tensor = self.to_code(self.autoencoder.encode(x, *self._beside(context)))
         return z
 
-    def _signal(self, z_q: Tensor) -> Tensor:
-        return self.autoencoder.decode(self.from_code(z_q))
+    def _signal(self, z_q: Tensor, context: Tensor | None) -> Tensor:
+        code = self.autoencoder.code_dropout(z_q) if self.training else z_q
+        return self.autoencoder.decode(self.from_code(code), *self._beside(context))
+
+    def _beside(self, context: Tensor | None) -> tuple[Tensor, ...]:
+        """The context as a further argument of the autoencoder."""
+        takes, kind = self.autoencoder.takes_context, type(self.autoencoder).__name__
+        if takes != (context is not None):
+            raise ValueError(f"{kind} needs a context beside the signal" if takes else f"{kind} takes no context")
+        return () if context is None else (context,)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +12,11 @@ import torch
 from PIL import Image
 
 from tessella.autoencoders import Conv
+from tessella.media.image import Image as ImageMedium
+from tessella.objectives.image import Image as ImageObjective
 from tessella.quantizers import FSQ, Quantizer
 from tessella.tokenizer import Tokenizer
+from tessella.training.tokenizer import TokenizerStep
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -39,6 +43,11 @@ def tiny_tokenizer(quantizer: Quantizer | None = None, *, seed: int = 0) -> Toke
         patch_px=4,
     )  # fmt: skip
     return Tokenizer(autoencoder, quantizer or FSQ([5, 5, 5])).eval()
+
+
+def picture_step(tokenizer: Tokenizer, **loss: Any) -> TokenizerStep:
+    """The training step of a tokenizer of pictures."""
+    return TokenizerStep(tokenizer, ImageObjective(**loss), ImageMedium())
 
 
 def write_pictures(folder: Path, count: int, *, size: int = 20, classes: int = 2) -> Path:

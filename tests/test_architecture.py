@@ -13,19 +13,23 @@ PACKAGE = Path(tessella.__file__).parent
 
 # Every module or folder may import those of lower rank, and its own folder.
 RANKS = {
-    "config": 0, "distributed": 0, "extras": 0, "labels": 0, "ops": 0, "transformer": 0,
-    "quantizers": 1, "autoencoders": 1, "conditioners": 1,
-    "tokenizer": 2,
-    "generators": 3,
-    "checkpoint": 4,
-    "data": 5, "losses": 5,
-    "evaluation": 6,
-    "report": 7, "training": 7,
-    "generate": 8,
-    "pipeline": 9,
-    "study": 10,
-    "cli": 11,
-    "__main__": 12, "__init__": 12,
+    "errors": 0, "text": 0,
+    "registry": 1, "extras": 1, "distributed": 1,
+    "config": 2, "recipe": 2,
+    "labels": 3, "ops": 3, "transformer": 3,
+    "quantizers": 4, "autoencoders": 4, "conditioners": 4,
+    "tokenizer": 5,
+    "generators": 6,
+    "checkpoint": 7,
+    "data": 8, "losses": 8,
+    "evaluation": 9,
+    "reporting": 10, "objectives": 10,
+    "media": 11, "tokenization": 11,
+    "training": 12,
+    "commands": 13,
+    "study": 14,
+    "cli": 15,
+    "__main__": 16, "__init__": 16,
 }  # fmt: skip
 
 # Why a module may look up, once each.

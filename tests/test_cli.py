@@ -12,12 +12,14 @@ from conftest import single_threaded, tiny_tokenizer
 from PIL import Image
 
 import tessella
-from tessella import cli, pipeline
-from tessella.data.base import evaluation_batches, random_for
+from tessella import cli
+from tessella.commands.detokenize import _file_for, _unused
+from tessella.data.base import random_for
 from tessella.data.folder import Folder
+from tessella.data.loader import evaluation_batches
 from tessella.data.token_shards import TokenShards
 from tessella.data.tokens import read_tokens
-from tessella.report.pictures import to_pictures
+from tessella.reporting.pictures import to_pictures
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -102,10 +104,10 @@ def test_variants_are_crops_that_a_generator_chooses_among(workspace: Path, monk
 def test_files_of_like_names_are_numbered() -> None:
     used: set[Path] = set()
     for expected in ("a/b.png", "a/b.2.png", "a/b.3.png"):
-        used.add(pipeline._unused(Path("a/b.png"), used))
+        used.add(_unused(Path("a/b.png"), used))
         assert Path(expected) in used
-    assert pipeline._unused(Path("a/b.2.png"), used) == Path("a/b.2.2.png")
-    assert pipeline._unused(Path("a/c.jpg.png"), used) == Path("a/c.jpg.png")
+    assert _unused(Path("a/b.2.png"), used) == Path("a/b.2.2.png")
+    assert _unused(Path("a/c.jpg.png"), used) == Path("a/c.jpg.png")
 
 
 def test_shards_of_another_tokenizer_are_refused(
@@ -121,10 +123,10 @@ def test_shards_of_another_tokenizer_are_refused(
 def test_keys_cannot_lead_out_of_the_folder() -> None:
     for key in ("../../evil.png", "/etc/evil.png"):
         with pytest.raises(ValueError, match="leads out of the folder"):
-            pipeline._file_for(Path("out"), key)
-    assert pipeline._file_for(Path("out"), "a/b.jpeg") == Path("out/a/b.jpeg.png")
-    assert pipeline._file_for(Path("out"), "a/b.png") == Path("out/a/b.png")
-    assert pipeline._file_for(Path("out"), "train-0.parquet:7") == Path("out/train-0.parquet_7.png")
+            _file_for(Path("out"), key, ".png")
+    assert _file_for(Path("out"), "a/b.jpeg", ".png") == Path("out/a/b.jpeg.png")
+    assert _file_for(Path("out"), "a/b.png", ".png") == Path("out/a/b.png")
+    assert _file_for(Path("out"), "train-0.parquet:7", ".png") == Path("out/train-0.parquet_7.png")
 
 
 @pytest.mark.parametrize(
@@ -175,7 +177,7 @@ def test_distributions_of_reconstructions(workspace: Path, model: Path, monkeypa
 
     torch.manual_seed(0)
     network = FeatureNetwork(EFFLITE0, EfficientNetLite0())
-    monkeypatch.setattr(pipeline, "feature_network", lambda *_: network)
+    monkeypatch.setattr("tessella.media.image.Image.feature_network", lambda *_: network)
     monkeypatch.setenv("XDG_CACHE_HOME", str(workspace / "cache"))
     command = ("evaluate", "model", "--data", "pictures", "--split", "train")
     records = {}

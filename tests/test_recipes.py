@@ -8,11 +8,13 @@ import pytest
 import torch
 from conftest import write_pictures
 
-from tessella import config, pipeline
+import tessella
+from tessella import config
+from tessella.recipe import read_recipe, recipe_names
 from tessella.tokenizer import TokenSpace
 from tessella.training.logs import read_log
 
-SMALL = [name for name in config.recipe_names() if name.endswith("_small") or name.startswith("scq_")]
+SMALL = [name for name in recipe_names() if name.endswith("_small") or name.startswith("scq_")]
 
 
 @pytest.mark.slow
@@ -21,9 +23,9 @@ def test_small_siblings_train(name: str, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     write_pictures(tmp_path / "pictures", 8, size=72)
     overrides = ["training.steps=2", "training.batch_size=2", "training.log_every=1", "loss.perceptual_weight=0.0"]
-    if "adversary" in config.read_recipe(name).get("loss", {}):
+    if "adversary" in read_recipe(name).get("loss", {}):
         overrides += ["loss.adversary.start_step=1", "loss.adversary.warmup_steps=1"]
-    folder = pipeline.train(name, data="pictures", overrides=overrides, out=Path("run"), device="cpu", quiet=True)
+    folder = tessella.train(name, data="pictures", overrides=overrides, out=Path("run"), device="cpu", quiet=True)
     last = read_log(folder / "log.jsonl")[-1]
     assert last["step"] == 2
     assert ("grad_norm/discriminator" in last) == (len(overrides) == 6)
@@ -39,7 +41,7 @@ def test_small_siblings_train(name: str, tmp_path: Path, monkeypatch: pytest.Mon
     ],
 )  # fmt: skip
 def test_generators_have_the_published_sizes(name: str, codebook_size: int, parameters: float) -> None:
-    recipe = config.read_recipe(name)
+    recipe = read_recipe(name)
     recipe["generator"]["conditioner"]["num_classes"] = 1000
     space = TokenSpace((16, 16), 1, codebook_size, "0")
     with torch.device("meta"):
@@ -56,7 +58,7 @@ def test_generators_have_the_published_sizes(name: str, codebook_size: int, para
     ],
 )  # fmt: skip
 def test_tokenizers_have_the_published_sizes(name: str, parameters: float) -> None:
-    recipe = config.read_recipe(name)
+    recipe = read_recipe(name)
     with torch.device("meta"):
         autoencoder, quantizer = (config.build_section(recipe, section) for section in ("autoencoder", "quantizer"))
         tokenizer = config.build_section(recipe, "tokenizer", autoencoder=autoencoder, quantizer=quantizer)

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from conftest import single_threaded
 
-from tessella import study
 from tessella.checkpoint import latest_checkpoint, load_state
-from tessella.config import ConfigError, resolve_recipe
+from tessella.config import resolve_recipe
+from tessella.errors import ConfigError
+from tessella.study import collapse as study
 
 
 def row(method: str, bits: int, **values: float) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -16,7 +17,11 @@ class Autoencoder(Configurable, nn.Module, ABC):
         in_channels: C of the signal.
         latent_dim: E, the features of a latent vector.
         stride: signal samples a latent position stands for, along each axis.
+        takes_context: whether :meth:`encode` and :meth:`decode` take a second argument, what both see beside the
+            signal.
     """
+
+    takes_context: ClassVar[bool] = False
 
     in_channels: int
     latent_dim: int
@@ -29,6 +34,10 @@ class Autoencoder(Configurable, nn.Module, ABC):
     @abstractmethod
     def decode(self, latent: Tensor) -> Tensor:
         """Latents ``[B, *S, E]`` to ``x_hat [B, C, *X]``."""
+
+    def code_dropout(self, z_q: Tensor) -> Tensor:
+        """What the decoder is shown of codes ``[B, *S, D]`` in training: all of them, unless overridden."""
+        return z_q
 
     @property
     @abstractmethod

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from tessella.errors import TessellaError
 
-class DataError(ValueError):
+
+class DataError(TessellaError, ValueError):
     """Data that cannot be used; the message names the file and what is wrong with it."""
 
 

@@ -1,30 +1,24 @@
-"""The protocol of picture data, and the two orders a program reads it in: for training and for evaluation."""
+"""The protocol of data: samples by index; and what all data sets of pictures do alike."""
 
 from __future__ import annotations
 
-import atexit
-import os
-import signal
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypedDict
+from collections.abc import Iterable
+from typing import ClassVar, Literal, NamedTuple, NotRequired, TypedDict, cast
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from tessella.data._errors import DataError as DataError
 from tessella.data._errors import UnreadableImage as UnreadableImage
+from tessella.registry import Spec
 
 Split = Literal["train", "test"]
 
 UNKNOWN_LABEL = -1
-
-# A run of so many unreadable pictures is no accident: the search for a replacement ends.
-_MAX_UNREADABLE_RUN = 1000
 
 # Until so many pictures were asked for, their share says nothing about the data set.
 _MIN_PICTURES_TO_JUDGE = 200
@@ -39,26 +33,60 @@ class Picture(NamedTuple):
 
 
 class Sample(TypedDict):
-    """A transformed picture: ``x [3, H, W]`` float32 in [-1, 1]; or a picture's tokens: ``x [*S, K]`` int64."""
+    """A transformed signal, ``x [C, *X]`` float32 in [-1, 1], or a signal's tokens, ``x [*S, K]`` int64.
+
+    ``context`` is what encoder and decoder see beside the signal; further tensors may have names of their own.
+    """
 
     x: Tensor
     label: int
     key: str
+    context: NotRequired[Tensor]
 
 
 class Batch(TypedDict):
-    """B samples ``x``, ``label [B]`` int64, B keys; (key, reason) of the pictures left out."""
+    """B samples: every tensor of theirs stacked under its name, ``label [B]`` int64, B keys.
+
+    ``skipped`` are (key, reason) of what was left out. Where signals of different sizes were padded with zeros at their
+    ends, ``extent [B, len(X)]`` int64 says where each one ends.
+    """
 
     x: Tensor
     label: Tensor
     key: list[str]
     skipped: list[tuple[str, str]]
+    context: NotRequired[Tensor]
+    extent: NotRequired[Tensor]
 
 
 class Samples(Dataset[Sample], ABC):
-    """Samples by index, as training draws them and as evaluation does."""
+    """Samples by index, as training draws them and as evaluation does.
 
-    class_names: tuple[str, ...] = ()  # by label; empty where the classes have no names
+    Attributes:
+        medium: what its signals are, a file of ``tessella/media``.
+        pads: whether signals of different lengths may share a batch, zeros after the shorter ones.
+        carries: arguments that say what every sample is like, which other data in the place of this one keeps.
+        window: those of them that make a sample a part of a signal; without them it is a whole one.
+        class_names: by label; empty where the classes have no names.
+        extent: the size X of every sample; None where they differ.
+    """
+
+    medium: ClassVar[str] = "image"
+    pads: ClassVar[bool] = False
+    carries: ClassVar[frozenset[str]] = frozenset()
+    window: ClassVar[frozenset[str]] = frozenset()
+
+    class_names: tuple[str, ...] = ()
+    extent: tuple[int, ...] | None = None
+
+    def identity(self) -> Spec:
+        """What was read, in a few numbers: two data sets of the same identity give the same samples."""
+        return {"count": len(self)}
+
+    @classmethod
+    def medium_spec(cls, section: Spec) -> Spec:
+        """The [medium] of a recipe whose [data] is ``section``."""
+        return {"name": cls.medium}
 
     @abstractmethod
     def __len__(self) -> int:
@@ -101,6 +129,9 @@ class ImageDataset(Samples, ABC):
         ValueError: an argument out of its range.
     """
 
+    carries = frozenset({"crop_px", "resize_px", "flip"})
+    window = frozenset({"crop_px", "resize_px"})
+
     def __init__(
         self, *, split: Split, crop_px: int | None = None, resize_px: int | None = None, flip: bool = False
     ) -> None:
@@ -113,6 +144,7 @@ class ImageDataset(Samples, ABC):
             raise ValueError(f"resize_px ({resize_px}) must be at least crop_px ({crop_px})")
         self.split = split
         self.crop_px = crop_px
+        self.extent = None if crop_px is None else (crop_px, crop_px)
         self.resize_px = resize_px
         self.flip = flip
 
@@ -168,214 +200,13 @@ def random_for(seed: int, epoch: int, index: int) -> np.random.Generator:
     return np.random.default_rng((seed, epoch, 1 + index))  # entry 0 is the epoch's order
 
 
-def _order(seed: int, epoch: int, length: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    return np.random.default_rng((seed, epoch, 0)).permutation(length)
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The same batch with its tensors on ``device``."""
+    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    return cast(Batch, moved)
 
 
-_Draw = tuple[int, int]  # epoch, index
-
-
-@dataclass(frozen=True)
-class _TrainingDraws(Iterable[list[_Draw]]):
-    """The endless sequence of draws in batches: epoch after epoch, each in its own order, with no gap between them."""
-
-    length: int
-    batch_size: int
-    seed: int
-    start_batch: int
-
-    def __iter__(self) -> Iterator[list[_Draw]]:
-        batch: list[_Draw] = []
-        epoch, start = divmod(self.start_batch * self.batch_size, self.length)
-        while True:
-            for index in _order(self.seed, epoch, self.length)[start:].tolist():
-                batch.append((epoch, index))
-                if len(batch) == self.batch_size:
-                    yield batch
-                    batch = []
-            epoch, start = epoch + 1, 0
-
-
-class _View(Dataset["Batch | DataError"], ABC):
-    """A data set indexed by whole batches."""
-
-    @abstractmethod
-    def batch(self, indices: Any) -> Batch: ...
-
-    def __getitem__(self, indices: Any) -> Batch | DataError:
-        """The batch; an error in the data is handed over as a value, since the loader would bury it in a traceback."""
-        try:
-            return self.batch(indices)
-        except DataError as error:
-            return error
-
-
-@dataclass(frozen=True)
-class _TrainingView(_View):
-    dataset: Samples
-    seed: int
-
-    def batch(self, draws: list[_Draw]) -> Batch:
-        skipped: list[tuple[str, str]] = []
-        samples = [self._readable_sample(draw, skipped) for draw in draws]
-        return _collate(samples, skipped)
-
-    def _readable_sample(self, draw: _Draw, skipped: list[tuple[str, str]]) -> Sample:
-        """The sample drawn, or the next one in the data set's own order that can be read."""
-        epoch, index = draw
-        length = len(self.dataset)
-        attempts = min(length, _MAX_UNREADABLE_RUN)
-        for step in range(attempts):
-            try:
-                return self.dataset.sample((index + step) % length, random_for(self.seed, epoch, index))
-            except UnreadableImage as error:
-                skipped.append((error.key, error.reason))
-        raise DataError(f"{attempts} pictures in a row cannot be used: {_list_skipped(skipped)}")
-
-
-@dataclass(frozen=True)
-class _EvaluationView(_View):
-    dataset: Samples
-
-    def batch(self, indices: range) -> Batch:
-        samples: list[Sample] = []
-        skipped: list[tuple[str, str]] = []
-        for index in indices:
-            try:
-                samples.append(self.dataset.sample(index))
-            except UnreadableImage as error:
-                skipped.append((error.key, error.reason))
-        return _collate(samples, skipped)
-
-
-def training_batches(
-    dataset: Samples, *, batch_size: int, seed: int, start_batch: int = 0, num_workers: int = 0
-) -> Iterator[Batch]:
-    """Batches without end, always full: every epoch in a new order, batches running across the epochs' ends.
-
-    All randomness is a function of (seed, epoch, index). Iterating from ``start_batch`` therefore gives, bit for bit,
-    the batches that an uninterrupted iteration gives from there, whatever ``num_workers``. A picture that cannot be
-    read is replaced by the next one that can, and reported in ``skipped``.
-
-    Args:
-        dataset: the pictures; all of one size where ``dataset.crop_px`` is None and ``batch_size`` above 1.
-        batch_size: pictures a batch.
-        seed: not negative.
-        start_batch: number of batches that were already seen.
-        num_workers: processes that decode; 0 decodes in this one. As with every use of processes, a script that sets
-            it needs the ``if __name__ == "__main__":`` guard.
-
-    Raises:
-        ValueError: an argument out of its range.
-        DataError: while iterating: pictures of different sizes in a batch, a long run of pictures none of which can be
-            read, or what else the data set finds wrong.
-    """
-    _check_least(batch_size=(batch_size, 1), seed=(seed, 0), start_batch=(start_batch, 0), num_workers=(num_workers, 0))
-    draws = _TrainingDraws(len(dataset), batch_size, seed, start_batch)
-    return _load(_TrainingView(dataset, seed), draws, num_workers)
-
-
-def evaluation_batches(
-    dataset: Samples, *, batch_size: int, num_workers: int = 0, limit: int | None = None
-) -> Iterator[Batch]:
-    """Every picture once and in order, cropped at its centre.
-
-    The last batch may be short; so is one with pictures that cannot be read, which its ``skipped`` reports.
-
-    Args:
-        dataset: the pictures; all of one size where ``dataset.crop_px`` is None and ``batch_size`` above 1.
-        batch_size: pictures a batch.
-        num_workers: as for :func:`training_batches`.
-        limit: read only so many pictures, the first ones.
-
-    Raises:
-        ValueError: an argument out of its range.
-        DataError: while iterating: pictures of different sizes in a batch, no picture that can be read, or what else
-            the data set finds wrong.
-    """
-    _check_least(batch_size=(batch_size, 1), limit=(1 if limit is None else limit, 1), num_workers=(num_workers, 0))
-    length = len(dataset) if limit is None else min(limit, len(dataset))
-    ranges = [range(start, min(start + batch_size, length)) for start in range(0, length, batch_size)]
-    return _without_empty(_load(_EvaluationView(dataset), ranges, num_workers))
-
-
-def _load(view: _View, indices: Iterable[Any], num_workers: int) -> Iterator[Batch]:
-    """The view's batches through torch's loader, which holds each worker to one torch thread."""
-    loader = DataLoader(
-        view,
-        batch_size=None,
-        sampler=indices,
-        num_workers=num_workers,
-        collate_fn=_same,
-        # Processes that start clean: a fork of this one would inherit the locks that torch's other threads hold. Not
-        # those of a fork server: they outlive a program that is killed.
-        multiprocessing_context="spawn" if num_workers else None,
-        worker_init_fn=_prepare_worker,
-        generator=torch.Generator(),  # the loader draws a seed for its workers: not from the program's own randomness
-    )
-    for batch in loader:
-        if isinstance(batch, DataError):
-            raise batch
-        yield batch
-
-
-def _prepare_worker(worker: int) -> None:
-    # Ctrl-C reaches the workers too, but the program may want to end its step and save first.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # When the program has seen enough, the thread that sends batches is still at it, inside C++. Stopped there, as the
-    # interpreter stops its threads, it would abort the process; so the worker ends at once, as forked ones do.
-    atexit.register(os._exit, 0)
-
-
-def _same(batch: Any) -> Any:
-    return batch
-
-
-def _collate(samples: list[Sample], skipped: list[tuple[str, str]]) -> Batch:
-    for sample in samples:
-        if sample["x"].shape != samples[0]["x"].shape:
-            (height, width), (other_height, other_width) = samples[0]["x"].shape[1:], sample["x"].shape[1:]
-            raise DataError(
-                f"pictures of different sizes in a batch: {samples[0]['key']} is {width}x{height} px, {sample['key']} "
-                f"{other_width}x{other_height} px; set crop_px, or batch_size=1"
-            )
-    # Stacked in numpy for the reason given in to_tensor.
-    x = np.stack([sample["x"].numpy() for sample in samples]) if samples else np.empty((0, 3, 0, 0), np.float32)
-    return Batch(
-        x=torch.from_numpy(x),
-        label=torch.tensor([sample["label"] for sample in samples], dtype=torch.int64),
-        key=[sample["key"] for sample in samples],
-        skipped=skipped,
-    )
-
-
-def _without_empty(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The same batches, where one without pictures hands what it skipped to a neighbour."""
-    held: Batch | None = None
-    for batch in batches:
-        if held is None:
-            held = batch
-        elif not batch["key"]:
-            held["skipped"] += batch["skipped"]
-        elif not held["key"]:
-            batch["skipped"] = held["skipped"] + batch["skipped"]
-            held = batch
-        else:
-            yield held
-            held = batch
-    if held is not None:
-        if not held["key"]:
-            raise DataError(f"none of the pictures can be used: {_list_skipped(held['skipped'])}")
-        yield held
-
-
-def _check_least(**values: tuple[int, int]) -> None:
-    for name, (value, least) in values.items():
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
-
-
-def _list_skipped(skipped: Iterable[tuple[str, str]]) -> str:
+def list_skipped(skipped: Iterable[tuple[str, str]]) -> str:
     """The first few distinct ones, for messages."""
     distinct = [f"{key}: {reason}" for key, reason in dict(skipped).items()]
     rest = [f"and {len(distinct) - 5} more"] if len(distinct) > 5 else []
@@ -419,5 +250,5 @@ class SkipBudget:
         if self.num_skipped > self.max_skip_share * total:
             raise DataError(
                 f"{self.num_skipped} of {total} pictures cannot be used, more than max_skip_share="
-                f"{self.max_skip_share:g} allows: {_list_skipped(self._skipped.items())}"
+                f"{self.max_skip_share:g} allows: {list_skipped(self._skipped.items())}"
             )

@@ -70,6 +70,9 @@ class Photos(ImageDataset):
         ValueError: ``crop_px`` does not fit into the photographs.
     """
 
+    carries = frozenset({"crop_px", "flip"})
+    window = frozenset()
+
     def __init__(self, *, split: Split, crop_px: int = 64, flip: bool = False, crops_per_epoch: int = 10_000) -> None:
         super().__init__(split=split, crop_px=crop_px, flip=flip)
         if crops_per_epoch < 1:

@@ -21,7 +21,7 @@ from tessella.evaluation.backbones import (
     InceptionV3,
     load_classifier_weights,
 )
-from tessella.evaluation.reconstruction import Pixels, to_uint8
+from tessella.evaluation.image import Pixels, to_uint8
 
 if TYPE_CHECKING:
     from tessella.data.base import Batch

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from tessella.checkpoint import CheckpointError
-from tessella.evaluation.distribution import ReferenceStatistics
 from tessella.evaluation.features import FeatureProtocol
+from tessella.evaluation.reference import ReferenceStatistics
 
 ADM = FeatureProtocol(
     name="adm",

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from tessella.config import Configurable, Spec
+from tessella.config import Configurable
+from tessella.registry import Spec
 from tessella.tokenizer import TokenSpace
 
 # Guidance scale s in l_null + s (l_cond - l_null): constant, or a function of the progress of sampling in [0, 1).

@@ -3,38 +3,27 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
 from tessella.data.base import Batch
-
-
-@dataclass
-class StepOutput:
-    """What one forward pass gives.
-
-    Attributes:
-        losses: by the optimizer that minimises each.
-        metrics: detached scalars for the log.
-        terms: weighted parts of a loss, whose gradients at ``meeting_point`` are logged: which of them pulls how hard.
-        meeting_point: the tensor that all ``terms`` are functions of; None where nothing is to be compared.
-    """
-
-    losses: dict[str, Tensor]
-    metrics: dict[str, Tensor] = field(default_factory=dict)
-    terms: dict[str, Tensor] = field(default_factory=dict)
-    meeting_point: Tensor | None = None
+from tessella.objectives.base import StepOutput
 
 
 class Step(nn.Module, ABC):
     """One forward pass, the losses that come of it, and which parameters each of them trains.
 
-    A step holds everything that training changes; ``model`` is the part that is averaged (EMA), saved and used. Its
-    other children either train too (a discriminator) or are frozen as a whole (a perceptual metric).
+    A step holds everything that training changes; ``model`` is the part that is averaged (EMA), saved and used.
+
+    Attributes:
+        unit: what a rate counts, a plural.
+        headline: logged metrics worth a place on the terminal, with their units.
     """
 
     model: nn.Module
+    unit: str = "samples"
+    headline: Mapping[str, str] = {}
 
     @abstractmethod
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
@@ -45,10 +34,22 @@ class Step(nn.Module, ABC):
         """Losses of one (micro-)batch."""
 
     def trained(self) -> dict[str, nn.Module]:
-        """The children that training changes: what a checkpoint must hold."""
-        children = self.named_children()
-        return {name: child for name, child in children if any(p.requires_grad for p in child.parameters())}
+        """The modules that training changes: what a checkpoint must hold."""
+        return trained_children(self)
+
+    def networks(self) -> list[nn.Module]:
+        """The modules that are worth compiling, each as a whole."""
+        return list(self.children())
+
+    def units(self, batch: Batch) -> float:
+        """How many of :attr:`unit` a batch holds."""
+        return len(batch["x"])
 
     @abstractmethod
-    def pictures(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Pictures ``[n, 3, H, W]`` in [-1, 1] that show what ``model`` makes of ``batch``."""
+    def preview(self, model: nn.Module, batch: Batch) -> list[Tensor]:
+        """Signals ``[n, C, *X]`` that show what ``model`` makes of ``batch``, in rows."""
+
+
+def trained_children(module: nn.Module) -> dict[str, nn.Module]:
+    """Its children with parameters that train; the others are frozen as a whole."""
+    return {name: child for name, child in module.named_children() if any(p.requires_grad for p in child.parameters())}

@@ -5,20 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tessella.config import find
 from tessella.data.base import Batch
+from tessella.errors import ConfigError
 from tessella.generators.base import Generator
 from tessella.generators.sampling import generators
+from tessella.objectives.base import StepOutput
+from tessella.registry import find
 from tessella.tokenizer import Tokenizer
-from tessella.training.base import Step, StepOutput
+from tessella.training.base import Step
 
 
 class GeneratorStep(Step):
-    """The generator's own loss, on tokens from shards or made of pictures as they come by a frozen tokenizer.
+    """The generator's own loss, on tokens from shards or made of signals as they come by a frozen tokenizer.
 
     Args:
         generator: what is trained.
-        tokenizer: makes the tokens and turns samples into pictures; it is frozen, and no part of the checkpoints.
+        tokenizer: makes the tokens and turns samples into signals; it is frozen, and no part of the checkpoints.
     """
 
     def __init__(self, generator: Generator, tokenizer: Tokenizer) -> None:
@@ -44,16 +46,24 @@ class GeneratorStep(Step):
         return StepOutput({"generator": out.loss}, out.metrics)
 
     def tokens_and_condition(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """``indices [B, *S, K]`` and the condition of a batch of pictures or tokens."""
+        """``indices [B, *S, K]`` and the condition of a batch of signals or tokens.
+
+        Raises:
+            ConfigError: the batch lacks what the conditioner takes.
+        """
         x = batch["x"]
+        if self._batch_key is not None and self._batch_key not in batch:
+            raise ConfigError(
+                f"generator.conditioner takes '{self._batch_key}', which the data does not give; it gives "
+                f"{', '.join(sorted(set(batch) - {'skipped'}))}"
+            )
         condition = None if self._batch_key is None else batch[self._batch_key]  # type: ignore[literal-required]
-        return self.tokenizer.encode(x) if x.is_floating_point() else x, condition
+        return self.tokenizer.encode(x, batch.get("context")) if x.is_floating_point() else x, condition
 
     @torch.no_grad()
-    def pictures(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Pictures of the batch and, below them, samples under the same conditions."""
+    def preview(self, model: nn.Module, batch: Batch) -> list[Tensor]:
+        """The batch's signals, and samples under the same conditions."""
         assert isinstance(model, Generator)
         real, condition = self.tokens_and_condition(batch)
         sampled = model.sample(condition, rng=generators(range(len(batch["x"]))))
-        shown = [self.tokenizer.decode(indices) for indices in (real, sampled)]
-        return torch.cat(shown).float().clamp(-1, 1)
+        return [self.tokenizer.decode(indices, batch.get("context")).float() for indices in (real, sampled)]

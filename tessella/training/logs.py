@@ -6,6 +6,9 @@ import importlib.util
 import json
 import logging
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,9 +30,15 @@ class RunLog:
     """Scalars of a run, one JSON object a line, and the same to TensorBoard where it is installed (extra ``track``).
 
     Opening it again at step n drops the rows after n, which a continued run writes anew.
+
+    Args:
+        folder: of the run.
+        position: steps that are done.
+        earlier: messages that were held back until there was a log, see :func:`held_back`.
     """
 
-    def __init__(self, folder: Path, position: int) -> None:
+    def __init__(self, folder: Path, position: int, earlier: MemoryHandler) -> None:
+        self._earlier = earlier
         self._file = folder / LOG
         self._text = folder / "train.log"
         self._board_folder = folder / "tensorboard"
@@ -41,8 +50,11 @@ class RunLog:
         self._stream = self._file.open("a", encoding="utf-8")
         self._handler = logging.FileHandler(self._text, encoding="utf-8")
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        self._earlier.setTarget(self._handler)
+        self._earlier.flush()
+        self._earlier.setTarget(None)
+        logger.removeHandler(self._earlier)
         logger.addHandler(self._handler)
-        logger.setLevel(logging.INFO)
         self._board: Any = None
         if importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
@@ -65,10 +77,24 @@ class RunLog:
             for name, value in row.items():
                 self._board.add_scalar(name, value, int(row["step"]))
 
-    def image(self, name: str, file: Path, position: int) -> None:
-        """Show a picture file in TensorBoard."""
-        if self._board is not None:
+    def show(self, name: str, file: Path, position: int) -> None:
+        """Show a file in TensorBoard, if it is a picture."""
+        if self._board is not None and file.suffix == ".png":
             self._board.add_image(name, np.asarray(Image.open(file).convert("RGB")), position, dataformats="HWC")
+
+
+@contextmanager
+def held_back(logger: logging.Logger) -> Iterator[MemoryHandler]:
+    """Keep messages until a log takes them over: what is said before the first step belongs there too."""
+    handler = MemoryHandler(capacity=100_000, flushLevel=logging.CRITICAL + 1)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield handler
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def read_log(file: Path) -> list[dict[str, float]]:
@@ -83,11 +109,23 @@ def read_log(file: Path) -> list[dict[str, float]]:
 
 
 class TrainingProgress:
-    """A bar with loss, pictures a second and time left; a line now and then where there is no terminal."""
+    """A bar with loss, rate and time left; a line now and then where there is no terminal.
 
-    def __init__(self, steps: int, position: int, batch_size: int, *, quiet: bool = False) -> None:
+    Args:
+        steps: of the whole run.
+        position: those that are done.
+        unit: what the rate counts.
+        headline: logged metrics to show, with their units.
+        quiet: show nothing.
+    """
+
+    def __init__(
+        self, steps: int, position: int, *, unit: str, headline: Mapping[str, str], quiet: bool = False
+    ) -> None:
         self._console = Console(stderr=True, quiet=quiet)
-        self._steps, self._position, self._first, self._batch_size = steps, position, position, batch_size
+        self._steps, self._position, self._first, self._units = steps, position, position, 0.0
+        self._unit, self._headline = unit, headline
+        self._row: dict[str, float] = {}
         self._progress = Progress(
             TextColumn("step"), MofNCompleteColumn(), BarColumn(),
             TextColumn("{task.fields[loss]}  {task.fields[rate]}"), TextColumn("left"), TimeRemainingColumn(),
@@ -103,18 +141,21 @@ class TrainingProgress:
     def __exit__(self, *exception: object) -> None:
         self._progress.stop()
 
-    def advance(self, row: dict[str, float]) -> None:
-        """One step is done; ``row`` is what it logged."""
+    def advance(self, row: dict[str, float], units: float) -> None:
+        """One step over so many ``units`` is done; ``row`` is what it logged."""
         self._position += 1
+        self._units += units
+        row = self._row = row if len(row) > 1 else self._row  # a step whose numbers were not read shows the last ones
         now = time.monotonic()
-        rate = (self._position - self._first) * self._batch_size / (now - self._started)
+        rate = self._units / (now - self._started)
         losses = "  ".join(f"{name.removeprefix('loss/')} {row[name]:.4f}" for name in row if name.startswith("loss/"))
-        psnr = f"  {row['psnr_db']:.2f} dB" if "psnr_db" in row else ""
-        self._progress.update(self._task, advance=1, loss=losses + psnr, rate=f"{rate:.0f} images/s")
+        losses += "".join(f"  {row[name]:.2f} {unit}" for name, unit in self._headline.items() if name in row)
+        shown = f"{rate:{'.0f' if rate >= 10 else '.2g'}} {self._unit}/s"
+        self._progress.update(self._task, advance=1, loss=losses, rate=shown)
         if not self._console.is_terminal and (now - self._spoken > _PLAIN_INTERVAL_S or self._position == self._steps):
             self._spoken = now
-            left = (self._steps - self._position) * self._batch_size / rate
+            left = (self._steps - self._position) * (now - self._started) / (self._position - self._first)
             self._console.print(
-                f"step {self._position}/{self._steps}  {losses}{psnr}  {rate:.0f} images/s  {left:.0f} s left",
+                f"step {self._position}/{self._steps}  {losses}  {shown}  {left:.0f} s left",
                 highlight=False, soft_wrap=True,
             )  # fmt: skip

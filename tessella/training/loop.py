@@ -2,53 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
-import logging
 import math
-import signal
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Literal, cast
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import nn
 
-from tessella.checkpoint import (
-    WEIGHTS,
-    Model,
-    latest_checkpoint,
-    load_state,
-    load_weights,
-    model_folder,
-    save_checkpoint,
-)
-from tessella.data.base import Batch, Samples, SkipBudget, training_batches
-from tessella.quantizers.base import Quantizer
-from tessella.training.base import Step, StepOutput
-from tessella.training.logs import RunLog, TrainingProgress
-
-logger = logging.getLogger("tessella")
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says at which step and what is left."""
-
-
-class Interrupted(Exception):
-    """A signal ended the run early, after a checkpoint was written."""
-
-    def __init__(self, signal_number: int, checkpoint: Path) -> None:
-        super().__init__(signal_number, checkpoint)  # both, so that it survives the way between processes
-        self.signal_number = signal_number
-        self.checkpoint = checkpoint
-
-    def __str__(self) -> str:
-        """The signal, and where to continue."""
-        return f"interrupted by {signal.Signals(self.signal_number).name}; saved {self.checkpoint}"
+from tessella.checkpoint import WEIGHTS, latest_checkpoint, load_weights, model_folder
+from tessella.data.base import Samples
+from tessella.training.base import Step
+from tessella.training.precision import Precision
+from tessella.training.run import Preview, Run
 
 
 class Loop:
@@ -56,7 +22,7 @@ class Loop:
 
     Args:
         steps: optimizer steps.
-        batch_size: pictures per optimizer step.
+        batch_size: samples per optimizer step.
         accumulate: micro-batches a step is split into (gradients are averaged).
         optimizer: ``adam`` or ``adamw``.
         lr: peak learning rate.
@@ -69,14 +35,15 @@ class Loop:
         milestones: steps after each of which the rate is multiplied by 0.1.
         clip_norm: largest norm of an optimizer's gradient; ``inf`` for no clipping.
         ema_decay: of the averaged weights, which are what is saved and evaluated; None for none.
-        precision: ``fp32`` or ``bf16`` (autocast).
+        precision: ``fp32``; ``bf16`` (autocast); or ``auto``: bf16 where the device computes it natively, else fp32. A
+            run keeps what its first start chose.
         compile: run the step's networks through ``torch.compile``.
         init: run or saved model whose weights the training starts from; None starts from random ones.
         overfit_batch: train on the first batch alone, again and again: a recipe that cannot learn it by heart is wrong.
         log_every, sample_every, checkpoint_every: in steps.
         keep_checkpoints: how many of the newest stay.
-        num_workers: processes that decode pictures; 0 decodes in this one.
-        max_skip_share: share of unreadable pictures above which the run fails.
+        num_workers: processes that read samples; 0 reads in this one.
+        max_skip_share: share of unreadable samples above which the run fails.
         seed: of weights, data order, crops and everything random.
     """
 
@@ -97,7 +64,7 @@ class Loop:
         milestones: Sequence[int] = (),
         clip_norm: float = 1.0,
         ema_decay: float | None = None,
-        precision: Literal["fp32", "bf16"] = "fp32",
+        precision: Precision = "fp32",
         compile: bool = False,
         init: str | None = None,
         overfit_batch: bool = False,
@@ -121,8 +88,22 @@ class Loop:
             "keep_checkpoints": keep_checkpoints,
         }
         for name, value in positive.items():
-            if value <= 0:
+            if not value > 0 or (math.isinf(value) and name != "clip_norm"):
                 raise ValueError(f"{name} must be positive, got {value}")
+        least_0 = {
+            "weight_decay": weight_decay,
+            "warmup_steps": warmup_steps,
+            "final_lr": final_lr,
+            "num_workers": num_workers,
+            "seed": seed,
+        }
+        for name, value in least_0.items():
+            if not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"{name} must be at least 0, got {value}")
+        if not 0 <= max_skip_share <= 1:
+            raise ValueError(f"max_skip_share must lie in [0, 1], got {max_skip_share}")
+        if any(milestone < 1 for milestone in milestones):
+            raise ValueError(f"milestones must be steps of at least 1, got {list(milestones)}")
         if batch_size % accumulate:
             raise ValueError(f"batch_size ({batch_size}) must be a multiple of accumulate ({accumulate})")
         if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
@@ -179,21 +160,23 @@ class Loop:
         folder: Path,
         *,
         device: torch.device,
-        show: Callable[[Tensor, Path], None] | None = None,
+        show: Preview | None = None,
         quiet: bool = False,
+        claim: Callable[[], None] = lambda: None,
     ) -> nn.Module:
         """Train ``step`` on ``dataset`` and return the model (EMA weights if they are kept).
 
-        ``folder`` receives checkpoints, logs and pictures; a run that already has checkpoints there goes on from the
+        ``folder`` receives checkpoints, logs and samples; a run that already has checkpoints there goes on from the
         newest, and ends with the weights it would have had without the interruption.
 
         Args:
             step: what to train.
-            dataset: training pictures, or their tokens.
+            dataset: training signals, or their tokens.
             folder: of the run.
             device: where to train.
-            show: writes a grid of pictures to a file.
+            show: writes what :meth:`Step.preview` gives to a file.
             quiet: no progress on the terminal.
+            claim: called once the first step has gone well, before anything is written into ``folder``.
 
         Raises:
             CheckpointError: ``init`` holds no model, or one that does not fit.
@@ -202,225 +185,4 @@ class Loop:
         """
         if self.init is not None and latest_checkpoint(folder) is None:
             load_weights(step.model, model_folder(Path(self.init)) / WEIGHTS)
-        return _Run(self, step.to(device), dataset, folder, device, show, quiet).run()
-
-
-class _Run:
-    """State of one run."""
-
-    def __init__(
-        self, settings: Loop, step: Step, dataset: Samples, folder: Path, device: torch.device,
-        show: Callable[[Tensor, Path], None] | None,
-        quiet: bool,
-    ) -> None:  # fmt: skip
-        self.settings = settings
-        self.step = step
-        self.dataset = dataset
-        self.folder = folder
-        self.device = device
-        self.show = show
-        self.quiet = quiet
-        self.optimizers = {name: self._optimizer(parameters) for name, parameters in step.parameter_groups().items()}
-        self.ema = (
-            None if settings.ema_decay is None
-            else AveragedModel(step.model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay))
-        )  # fmt: skip
-        if settings.compile:
-            for child in step.children():
-                child.compile()
-        self.position = 0
-        self.seconds = 0.0
-        self.skips = SkipBudget(settings.max_skip_share)
-
-    def _optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        s = self.settings
-        if s.optimizer == "adam":
-            return torch.optim.Adam(parameters, lr=s.lr, betas=s.betas)
-        codes = {p for module in self.step.modules() if isinstance(module, Quantizer) for p in module.parameters()}
-        shrinking = [p for p in parameters if p.ndim > 1 and p not in codes]
-        others = [p for p in parameters if p.ndim <= 1 or p in codes]
-        groups = [
-            {"params": shrinking, "weight_decay": s.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW([group for group in groups if group["params"]], lr=s.lr, betas=s.betas)
-
-    def run(self) -> nn.Module:
-        s = self.settings
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._resume()
-        with RunLog(self.folder, self.position) as log, _signals() as received:
-            self.log = log
-            batches = training_batches(
-                self.dataset,
-                batch_size=s.batch_size // s.accumulate,
-                seed=s.seed,
-                start_batch=0 if s.overfit_batch else self.position * s.accumulate,
-                num_workers=0 if s.overfit_batch else s.num_workers,
-            )
-            if s.overfit_batch:
-                batches = itertools.cycle([next(batches) for _ in range(s.accumulate)])
-            with TrainingProgress(s.steps, self.position, s.batch_size, quiet=self.quiet) as progress:
-                started = time.monotonic() - self.seconds
-                while self.position < s.steps:
-                    row = self._optimize(batches)
-                    self.position += 1
-                    self.seconds = time.monotonic() - started
-                    progress.advance(row)
-                    self._record(row)
-                    if received:
-                        raise Interrupted(received[0], self._checkpoint())
-            if latest_checkpoint(self.folder) != self.folder / "checkpoints" / f"step-{s.steps:08d}":
-                self._checkpoint()
-        return self.averaged
-
-    @property
-    def averaged(self) -> nn.Module:
-        """The model that is saved and shown."""
-        return self.step.model if self.ema is None else self.ema.module
-
-    def _optimize(self, batches: Iterator[Batch]) -> dict[str, float]:
-        """One optimizer step: gradients of every loss over all micro-batches, then every update."""
-        s = self.settings
-        self.step.train()
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
-        sums: dict[str, Tensor] = {}
-        self.keys: list[str] = []
-        for _ in range(s.accumulate):
-            batch = next(batches)
-            self.keys += batch["key"]
-            for key, reason in batch["skipped"]:
-                logger.warning("skipped %s: %s", key, reason)
-            self.skips.count(batch)
-            batch["x"] = batch["x"].to(self.device)
-            batch["label"] = batch["label"].to(self.device)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=s.precision == "bf16"):
-                out = self.step(batch)
-            if self._is_logged(self.position + 1):
-                out.metrics |= _gradient_norms(out)
-            for index, (name, loss) in enumerate(out.losses.items(), 1):
-                # Each loss reaches only its own optimizer's parameters, whatever else its graph touches.
-                inputs = _parameters(self.optimizers[name])
-                (loss / s.accumulate).backward(inputs=inputs, retain_graph=index < len(out.losses))
-                out.metrics[f"loss/{name}"] = loss.detach()
-            for name, value in out.metrics.items():
-                sums[name] = sums.get(name, 0) + value.float() / s.accumulate
-        row = dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
-        self._require_finite(row)
-        lr = s.learning_rate(self.position)
-        for name, optimizer in self.optimizers.items():
-            norm = nn.utils.clip_grad_norm_(_parameters(optimizer), s.clip_norm)
-            row[f"grad_norm/{name}"] = norm.item()
-            self._require_finite(row)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
-        for module in self.step.modules():
-            if callable(hook := getattr(module, "after_step", None)):
-                hook()
-        if self.ema is not None:
-            self.ema.update_parameters(self.step.model)
-        row["lr"] = lr
-        return row
-
-    def _require_finite(self, row: dict[str, float]) -> None:
-        for name, value in row.items():
-            if not math.isfinite(value) and name.startswith(("loss/", "grad_norm/")):
-                last = latest_checkpoint(self.folder)
-                raise TrainingError(
-                    f"{name} is {value} at step {self.position + 1}; "
-                    f"last good checkpoint: {last or 'none yet'}; pictures of the batch: {', '.join(self.keys)}"
-                )
-
-    def _is_logged(self, position: int) -> bool:
-        return position % self.settings.log_every == 0 or position in (1, self.settings.steps)
-
-    def _record(self, row: dict[str, float]) -> None:
-        s = self.settings
-        if self._is_logged(self.position):
-            rate = self.position * s.batch_size / self.seconds
-            self.log.row({"step": self.position, **row, "images_per_s": rate, "seconds": self.seconds})
-        if self.show is not None and (self.position % s.sample_every == 0 or self.position == s.steps):
-            self._pictures()
-        if self.position % s.checkpoint_every == 0:
-            self._checkpoint()
-
-    def _pictures(self) -> None:
-        model = self.averaged
-        batch = next(training_batches(self.dataset, batch_size=8, seed=self.settings.seed))
-        batch["x"] = batch["x"].to(self.device)
-        model.eval()
-        pictures = self.step.pictures(model, batch)
-        model.train()
-        assert self.show is not None
-        file = self.folder / "samples" / f"step-{self.position:08d}.png"
-        self.show(pictures, file)
-        self.log.image("samples", file, self.position)
-
-    def _checkpoint(self) -> Path:
-        state = {
-            "position": self.position,
-            "seconds": self.seconds,
-            "step": {name: child.state_dict() for name, child in self.step.trained().items()},
-            "ema": None if self.ema is None else self.ema.state_dict(),
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all(),
-            "skips": {"num_read": self.skips.num_read, "num_skipped": self.skips.num_skipped},
-        }
-        model = cast(Model, self.averaged)
-        return save_checkpoint(self.folder, self.position, model, state, keep=self.settings.keep_checkpoints)
-
-    def _resume(self) -> None:
-        checkpoint = latest_checkpoint(self.folder)
-        if checkpoint is None:
-            return
-        state = load_state(checkpoint)
-        for name, child in self.step.trained().items():
-            child.load_state_dict(state["step"][name])
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
-        self.skips.num_read = state["skips"]["num_read"]
-        self.skips.num_skipped = state["skips"]["num_skipped"]
-        self.position = state["position"]
-        self.seconds = state["seconds"]
-        logger.info("continuing from %s", checkpoint)
-
-
-def _gradient_norms(out: StepOutput) -> dict[str, Tensor]:
-    """The norm of each term's gradient at the point where they meet."""
-    if out.meeting_point is None:
-        return {}
-    return {
-        f"grad_norm/{name}": torch.autograd.grad(term, out.meeting_point, retain_graph=True)[0].norm()
-        for name, term in out.terms.items()
-        if term.requires_grad  # an adversary that has not started says nothing
-    }
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM, so that the step under way can end; a second SIGINT acts at once."""
-    received: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        return Run(self, step.to(device), dataset, folder, device, show, quiet).run(claim)

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from tessella import config
+from tessella import config, registry
 from tessella.conditioners.base import Conditioner
 from tessella.conditioners.image import Image
 from tessella.conditioners.label import Label
 from tessella.conditioners.none import Unconditional
 from tessella.conditioners.prefix import Prefix
+from tessella.errors import ConfigError
 
 DIM = 16
 
@@ -40,7 +41,7 @@ def conditions(name: str, batch_size: int) -> Tensor:
 
 
 def test_every_registered_conditioner_has_an_example() -> None:
-    assert config.names("conditioners") == sorted(EXAMPLES)
+    assert registry.names("conditioners") == sorted(EXAMPLES)
 
 
 @every
@@ -142,5 +143,5 @@ def test_refuses_conditions(conditioner: Conditioner, condition: Tensor, message
     ],
 )
 def test_refuses_arguments(name: str, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(config.ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message):
         make(name, **options)

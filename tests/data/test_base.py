@@ -25,11 +25,10 @@ from tessella.data.base import (
     Picture,
     SkipBudget,
     UnreadableImage,
-    evaluation_batches,
     random_for,
     to_tensor,
-    training_batches,
 )
+from tessella.data.loader import evaluation_batches, training_batches
 
 
 class Numbered(ImageDataset):
@@ -220,7 +219,7 @@ def test_whole_pictures_of_one_size_make_batches_and_others_do_not() -> None:
 
     (batch,) = evaluation_batches(Numbered(3), batch_size=3)
     assert batch["x"].shape == (3, 3, 6, 8)
-    expected = "picture 0 is 8x6 px, picture 1 9x6 px; set crop_px, or batch_size=1"
+    expected = "picture 0 is 8x6, picture 1 9x6; set crop_px, or batch_size=1"
     with pytest.raises(DataError, match=expected):
         next(evaluation_batches(Growing(3), batch_size=3))
     assert [batch["x"].shape[3] for batch in evaluation_batches(Growing(3), batch_size=1)] == [8, 9, 10]
@@ -382,7 +381,7 @@ def test_an_unreadable_image_survives_pickling() -> None:
 KILLED = """
 if __name__ == "__main__":
     import os, signal
-    from tessella.data.base import training_batches
+    from tessella.data.loader import training_batches
     from tessella.data.folder import Folder
     batches = training_batches(Folder({path!r}, split="train"), batch_size=1, seed=0, num_workers=1)
     next(batches)

@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from tessella.config import build
-from tessella.data.base import DataError, UnreadableImage, evaluation_batches
+from tessella.data.base import DataError, UnreadableImage
 from tessella.data.folder import Folder
+from tessella.data.loader import evaluation_batches
 
 
 def save(root: Path, *names: str) -> None:

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from tessella.config import build
-from tessella.data.base import DataError, evaluation_batches
+from tessella.data.base import DataError
 from tessella.data.hub import Hub
+from tessella.data.loader import evaluation_batches
 
 
 def test_without_datasets_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

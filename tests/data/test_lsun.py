@@ -13,7 +13,8 @@ from PIL import Image
 
 from tessella.config import build
 from tessella.data import lsun
-from tessella.data.base import DataError, Picture, UnreadableImage, evaluation_batches
+from tessella.data.base import DataError, Picture, UnreadableImage
+from tessella.data.loader import evaluation_batches
 from tessella.data.lsun import LSUN, export_lmdb
 
 lmdb = pytest.importorskip("lmdb")

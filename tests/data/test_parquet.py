@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from tessella.config import build
-from tessella.data.base import DataError, UnreadableImage, evaluation_batches
+from tessella.data.base import DataError, UnreadableImage
+from tessella.data.loader import evaluation_batches
 from tessella.data.parquet import Parquet
 
 pa = pytest.importorskip("pyarrow")

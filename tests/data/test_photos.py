@@ -12,7 +12,8 @@ import pytest
 
 from tessella.config import build
 from tessella.data import photos
-from tessella.data.base import Batch, evaluation_batches, training_batches
+from tessella.data.base import Batch
+from tessella.data.loader import evaluation_batches, training_batches
 from tessella.data.photos import Photos
 
 for package in ("skimage", "sklearn"):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from tessella.data.base import DataError, training_batches
+from tessella.data.base import DataError
+from tessella.data.loader import training_batches
 from tessella.data.token_shards import TokenShards
 from tessella.data.tokens import TokenWriter
 from tessella.tokenizer import TokenSpace

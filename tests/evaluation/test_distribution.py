@@ -24,26 +24,24 @@ from hypothesis import strategies as st
 from rich.console import Console
 from torch import Tensor, nn
 
-from tessella.data.base import Batch, DataError, evaluation_batches
+from tessella.data.base import Batch, DataError
 from tessella.data.folder import Folder
-from tessella.evaluation import distribution
+from tessella.data.loader import evaluation_batches
+from tessella.evaluation import manifold
 from tessella.evaluation.backbones import Activations, Classifier
+from tessella.evaluation.bootstrap import estimate, resamples
 from tessella.evaluation.distribution import (
     DistributionRecord,
     DistributionSettings,
-    FeatureStatistics,
-    ReferenceStatistics,
     evaluate_distribution,
     evaluate_reconstruction_distribution,
-    frechet_distance,
-    inception_score,
-    nearest_neighbours,
-    precision_recall,
-    reference_statistics,
-    statistics_of,
 )
 from tessella.evaluation.features import NETWORKS, FeatureNetwork, Features, PictureSet
+from tessella.evaluation.frechet import FeatureStatistics, frechet_distance, resampled_frechet, statistics_of
+from tessella.evaluation.manifold import nearest_neighbours, precision_recall
 from tessella.evaluation.protocols import EFFLITE0
+from tessella.evaluation.reference import ReferenceStatistics, reference_statistics
+from tessella.evaluation.score import inception_score, resampled_score
 
 WORLD = 2
 
@@ -208,8 +206,8 @@ def test_resampled_frechet_is_the_distance_of_the_resample(count: int, dim: int)
     """Both where there are more samples than features and where there are fewer."""
     pool, reference = correlated(count, dim), statistics_of(correlated(90, dim, 5))
     rng = torch.Generator().manual_seed(0)
-    counts = [torch.ones(count, dtype=torch.int64), *distribution._resamples(count, 3, rng)]
-    resampled = list(distribution._resampled_frechet(pool, reference.mean, reference.covariance, iter(counts)))
+    counts = [torch.ones(count, dtype=torch.int64), *resamples(count, 3, rng)]
+    resampled = list(resampled_frechet(pool, reference.mean, reference.covariance, iter(counts)))
     for found, drawn in zip(resampled, counts, strict=True):
         own = statistics_of(pool.repeat_interleave(drawn, 0))
         expected = frechet_distance(own.mean, own.covariance, reference.mean, reference.covariance)
@@ -243,9 +241,9 @@ def test_score_of_uneven_splits() -> None:
 
 def test_resampled_score_is_the_score_of_the_resample() -> None:
     logits = normal(21, 5)
-    found = distribution._resampled_score(logits, 2, 3, torch.Generator().manual_seed(0))
+    found = resampled_score(logits, 2, 3, torch.Generator().manual_seed(0))
     rng = torch.Generator().manual_seed(0)
-    halves = [(half, list(distribution._resamples(len(half), 3, rng))) for half in (logits[:10], logits[10:])]
+    halves = [(half, list(resamples(len(half), 3, rng))) for half in (logits[:10], logits[10:])]
     for resample in range(3):
         parts = [half.repeat_interleave(counts[resample], 0) for half, counts in halves]
         expected = sum(inception_score(part, num_splits=1) for part in parts) / 2
@@ -257,7 +255,7 @@ def test_resampled_score_is_the_score_of_the_resample() -> None:
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distribution, "_TILE", 7)
+    monkeypatch.setattr(manifold, "_TILE", 7)
 
 
 def test_precision_and_recall_by_hand() -> None:
@@ -294,7 +292,7 @@ def test_precision_and_recall_at_their_ends() -> None:
     assert (apart.precision, apart.recall) == (0, 0)
     # Copies of one point: every ball has radius 0 and holds exactly that point.
     copies = (normal(1, 1000) / 3 + 30).expand(40, -1)
-    assert distribution._radii(copies, 3).tolist() == [0] * 40  # exactly, whatever |x|^2 - 2 x.x + |x|^2 rounds to
+    assert manifold._radii(copies, 3).tolist() == [0] * 40  # exactly, whatever |x|^2 - 2 x.x + |x|^2 rounds to
     assert precision_recall(copies[:13], copies).precision == 1
     assert precision_recall(copies + 1e-3, copies).precision == 0
     with pytest.raises(ValueError, match="reference must hold more than k = 3 points, got 3"):
@@ -372,9 +370,9 @@ def test_record() -> None:
     coverage = precision_recall(samples.pool, reference.pool)
     assert record.values["precision-EffLite0"].value == coverage.precision
     assert record.values["recall-EffLite0"].value == coverage.recall
-    for estimate in record.values.values():
-        assert estimate.interval is not None
-        assert estimate.interval[0] <= estimate.value <= estimate.interval[1]
+    for found in record.values.values():
+        assert found.interval is not None
+        assert found.interval[0] <= found.value <= found.interval[1]
     stored = json.loads(record.to_json())
     assert stored["network"] == network().describe()
     assert stored["samples"] == {"num_images": 40, "sizes": {"16x16": 40}, "fingerprint": "0" * 16}
@@ -431,19 +429,15 @@ def test_interval_is_as_wide_as_the_distance_varies_between_sample_sets() -> Non
     true_deviation = torch.tensor(values).std().item()
     shown = []
     for pool in sets[:10]:
-        resamples = distribution._resamples(150, 50, torch.Generator().manual_seed(0))
-        shown.append(
-            torch.tensor(
-                list(distribution._resampled_frechet(pool, reference.mean, reference.covariance, resamples))
-            ).std()
-        )
+        counts = resamples(150, 50, torch.Generator().manual_seed(0))
+        shown.append(torch.tensor(list(resampled_frechet(pool, reference.mean, reference.covariance, counts))).std())
     assert torch.stack(shown).mean().item() == pytest.approx(true_deviation, rel=0.35)
 
 
 def test_interval_about_the_value() -> None:
     resampled = torch.arange(101.0, dtype=torch.float64) + 500  # biased by far; 5 % lie below 505
-    estimate = distribution._estimate(7.0, resampled, confidence=0.9, least=0.0)
-    assert estimate.interval == pytest.approx((0.0, 7 + 45))
+    found = estimate(7.0, resampled, confidence=0.9, least=0.0)
+    assert found.interval == pytest.approx((0.0, 7 + 45))
 
 
 def test_score_does_not_depend_on_the_order_of_classes() -> None:
@@ -536,8 +530,8 @@ def test_pictures_and_features_give_one_record(dataset: Folder) -> None:
     of_features = evaluate_distribution(
         network().extract([x[:8].flip(3)]), network().extract([x[:9]]), network(), settings=QUICK
     )
-    for name, estimate in of_pictures.values.items():
-        assert estimate.value == pytest.approx(of_features.values[name].value, rel=1e-4)
+    for name, found in of_pictures.values.items():
+        assert found.value == pytest.approx(of_features.values[name].value, rel=1e-4)
     assert of_pictures.samples == of_features.samples
     assert of_pictures.reference == of_features.reference
     assert done == [8]

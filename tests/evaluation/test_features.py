@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tessella.checkpoint import CheckpointError
-from tessella.data.base import Batch, evaluation_batches
+from tessella.data.base import Batch
+from tessella.data.loader import evaluation_batches
 from tessella.data.parquet import Parquet
 from tessella.evaluation.backbones import (
     Classifier,
@@ -33,8 +34,8 @@ from tessella.evaluation.features import (
     pictures_of,
     resize,
 )
+from tessella.evaluation.image import to_uint8
 from tessella.evaluation.protocols import EFFLITE0, PYTORCH_FID
-from tessella.evaluation.reconstruction import to_uint8
 
 
 def pictures(count: int, height: int = 16, width: int = 16, seed: int = 0) -> Tensor:

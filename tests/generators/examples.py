@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tessella import config
+from tessella import config, registry
 from tessella.generators.base import Generator
 from tessella.tokenizer import TokenSpace
 
@@ -117,4 +117,4 @@ EXAMPLES = [
 
 def missing_examples() -> list[str]:
     """Registered generators without an example."""
-    return sorted(set(config.names("generators")) - {example.name for example in EXAMPLES})
+    return sorted(set(registry.names("generators")) - {example.name for example in EXAMPLES})

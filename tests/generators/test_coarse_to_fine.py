@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tessella.config import ConfigError
+from tessella.errors import ConfigError
 from tessella.generators.coarse_to_fine import CoarseToFine, FinePredictor
 from tessella.generators.sampling import generators
 from tessella.ops import kmeans, nearest

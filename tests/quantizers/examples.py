@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tessella import config
+from tessella import config, registry
 from tessella.quantizers import Quantizer
 
 VQ_SPEC = {"name": "vq", "codebook_size": 16, "dim": 4}
@@ -51,7 +51,7 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
 
 def missing_examples() -> list[str]:
     """Registered quantizers without an example."""
-    return sorted(set(config.names("quantizers")) - set(EXAMPLES))
+    return sorted(set(registry.names("quantizers")) - set(EXAMPLES))
 
 
 def cases() -> list[tuple[str, dict[str, Any]]]:

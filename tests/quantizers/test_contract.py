@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import tessella.quantizers
-from tessella import config
+from tessella import registry
 from tessella.quantizers import Quantizer
 
 from .examples import EXAMPLES, cases, label, make, missing_examples
@@ -54,11 +54,11 @@ def state(quantizer: Quantizer) -> dict[str, Tensor]:
 
 def test_every_registered_quantizer_has_an_example() -> None:
     assert not missing_examples(), f"add constructor arguments for {missing_examples()} to tests/quantizers/examples.py"
-    assert set(EXAMPLES) == set(config.names("quantizers"))
+    assert set(EXAMPLES) == set(registry.names("quantizers"))
 
 
 def test_the_package_exports_every_registered_quantizer() -> None:
-    classes = {cls.__name__ for cls in config.registered("quantizers").values()}
+    classes = {cls.__name__ for cls in registry.registered("quantizers").values()}
     assert classes | {"Quantized", "Quantizer"} == set(tessella.quantizers.__all__)
 
 
@@ -436,7 +436,7 @@ SIZED = [name for name, variants in EXAMPLES.items() if "codebook_size" in varia
 
 @pytest.mark.parametrize("name", SIZED)
 def test_bad_sizes(name: str) -> None:
-    cls = config.find("quantizers", name)
+    cls = registry.find("quantizers", name)
     with pytest.raises(ValueError, match="codebook_size must be at least 2, got 1"):
         cls(codebook_size=1, dim=4)
     with pytest.raises(ValueError, match="dim must be at least 1, got 0"):
@@ -446,7 +446,7 @@ def test_bad_sizes(name: str) -> None:
 def bad_options() -> list[tuple[str, str, Any]]:
     """Every weight and temperature of every constructor, with values it must refuse."""
     found = []
-    for name, cls in config.registered("quantizers").items():
+    for name, cls in registry.registered("quantizers").items():
         for option in inspect.signature(cls).parameters:
             if option.endswith("_weight"):
                 found += [(name, option, -0.1), (name, option, float("nan"))]
@@ -459,7 +459,7 @@ def bad_options() -> list[tuple[str, str, Any]]:
 
 @pytest.mark.parametrize(("name", "option", "value"), bad_options())
 def test_bad_options_are_named(name: str, option: str, value: Any) -> None:
-    cls = config.find("quantizers", name)
+    cls = registry.find("quantizers", name)
     arguments = {key: v for key, v in EXAMPLES[name][0].items() if key != option}
     with pytest.raises(ValueError, match=option):
         cls(**arguments, **{option: value})

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tessella import config
+from tessella.errors import ConfigError
 from tessella.quantizers import EMAVQ, FSQ, IBQ, LFQ, SCQ, VQ, Grouped, GumbelVQ, Residual, SimVQ
 
 
@@ -97,7 +98,7 @@ def test_from_a_recipe() -> None:
     spec = {"name": "residual", "num_codebooks": 4, "quantizer": {"name": "vq", "codebook_size": 8, "dim": 2}}
     residual = config.build("quantizers", spec)
     assert (residual.num_codebooks, residual.codebook_size, residual.dim) == (4, 8, 2)
-    with pytest.raises(config.ConfigError, match="FSQ bounds its input"):
+    with pytest.raises(ConfigError, match="FSQ bounds its input"):
         config.build(
             "quantizers", {"name": "residual", "num_codebooks": 2, "quantizer": {"name": "fsq", "levels": [5]}}
         )

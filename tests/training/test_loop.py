@@ -12,16 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import single_threaded, tiny_tokenizer
+from conftest import picture_step, single_threaded, tiny_tokenizer
 from PIL import Image
 from torch import Tensor, nn
 
 from tessella.checkpoint import latest_checkpoint, load_state
 from tessella.data.base import Batch, ImageDataset, Picture
-from tessella.training.base import Step, StepOutput
+from tessella.errors import TrainingError
+from tessella.objectives.base import StepOutput
+from tessella.training.base import Step
 from tessella.training.logs import read_log
-from tessella.training.loop import Loop, TrainingError
-from tessella.training.tokenizer import TokenizerStep
+from tessella.training.loop import Loop
 
 
 class Noise(ImageDataset):
@@ -62,7 +63,7 @@ def test_learning_rate_by_hand() -> None:
 def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path: Path) -> None:
     gradients = []
     for accumulate in (1, 4):
-        step = TokenizerStep(tiny_tokenizer(seed=3))
+        step = picture_step(tiny_tokenizer(seed=3))
         settings = loop(steps=1, accumulate=accumulate, clip_norm=math.inf)
         settings.run(step, Noise(), tmp_path / str(accumulate), device=CPU)
         gradients.append(torch.cat([p.grad.flatten() for p in step.parameters() if p.grad is not None]))
@@ -71,7 +72,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path: Path) -> N
 
 
 class Duel(Step):
-    """Two parameters, each in the other's loss."""
+    """Two parameters, each a constant in the other's loss."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,12 +87,11 @@ class Duel(Step):
 
     def forward(self, batch: Batch) -> StepOutput:
         self.calls += 1
-        product = self.a * self.b
         poison = math.nan if self.calls == self.nan_at else 0.0
-        return StepOutput({"a": product + poison, "b": -product})
+        return StepOutput({"a": self.a * self.b.detach() + poison, "b": -self.a.detach() * self.b})
 
-    def pictures(self, model: nn.Module, batch: Batch) -> Tensor:
-        return batch["x"]
+    def preview(self, model: nn.Module, batch: Batch) -> list[Tensor]:
+        return [batch["x"]]
 
 
 def test_each_loss_trains_its_own_parameters_only(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
 
 
 def test_ema_by_hand(tmp_path: Path) -> None:
-    step = TokenizerStep(tiny_tokenizer())
+    step = picture_step(tiny_tokenizer())
     history = []
 
     def remember(module: nn.Module, args: object) -> None:
@@ -134,7 +134,7 @@ def test_ema_by_hand(tmp_path: Path) -> None:
 def test_codebooks_and_biases_are_not_decayed(tmp_path: Path) -> None:
     from tessella.quantizers import VQ
 
-    step = TokenizerStep(tiny_tokenizer(VQ(16, 4)))
+    step = picture_step(tiny_tokenizer(VQ(16, 4)))
     loop(steps=1, weight_decay=0.1).run(step, Noise(), tmp_path, device=CPU)
     folder = latest_checkpoint(tmp_path)
     assert folder is not None
@@ -183,6 +183,7 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 def final_state(run: Path) -> tuple[bytes, dict[str, object]]:
     folder = run / "checkpoints" / "step-00000024"
     state = load_state(folder)
+    assert state.pop("precision") == "fp32"
     del state["seconds"]
     return (folder / "model.safetensors").read_bytes(), state
 
@@ -225,29 +226,29 @@ def test_a_signal_saves_first(workspace: Path, number: signal.Signals) -> None:
 
 
 def test_another_recipe_in_the_same_folder_is_refused(workspace: Path) -> None:
-    from tessella import pipeline
-    from tessella.config import ConfigError
+    import tessella
+    from tessella.errors import ConfigError
 
     short = ["training.steps=1", "training.num_workers=0"]
-    pipeline.train("tiny.toml", out=Path("run"), overrides=short, device="cpu")
+    tessella.train("tiny.toml", out=Path("run"), overrides=short, device="cpu")
     with pytest.raises(ConfigError, match=r"another recipe \(training.lr: 0.001 -> 0.1\)"):
-        pipeline.train("tiny.toml", out=Path("run"), overrides=[*short, "training.lr=0.1"], device="cpu")
+        tessella.train("tiny.toml", out=Path("run"), overrides=[*short, "training.lr=0.1"], device="cpu")
     with pytest.raises(ConfigError, match="is not empty and holds no run"):
-        pipeline.train("tiny.toml", out=Path("pictures"), overrides=short, device="cpu")
+        tessella.train("tiny.toml", out=Path("pictures"), overrides=short, device="cpu")
 
 
 def test_unreadable_pictures_are_skipped_counted_and_named(workspace: Path) -> None:
-    from tessella import pipeline
+    import tessella
 
     whole = (workspace / "pictures" / "class_0" / "000.png").read_bytes()
     (workspace / "pictures" / "class_0" / "cut.png").write_bytes(whole[: len(whole) // 2])
-    pipeline.train("tiny.toml", out=Path("run"), overrides=["training.steps=12"], device="cpu")
+    tessella.train("tiny.toml", out=Path("run"), overrides=["training.steps=12"], device="cpu")
     assert "skipped" in (workspace / "run" / "train.log").read_text()
     assert "cut.png" in (workspace / "run" / "train.log").read_text()
     for index in range(20):
         (workspace / "pictures" / "class_1" / f"text{index}.png").write_text("no picture")
     with pytest.raises(ValueError, match=r"more than max_skip_share=0\.05 allows"):
-        pipeline.train("tiny.toml", out=Path("run2"), overrides=["training.steps=100"], device="cpu")
+        tessella.train("tiny.toml", out=Path("run2"), overrides=["training.steps=100"], device="cpu")
 
 
 def test_log_rows_are_json_and_a_half_line_is_dropped(tmp_path: Path) -> None:

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_tokenizer
+from conftest import picture_step, tiny_tokenizer
 from torch import Tensor
 
-from tessella.config import ConfigError
-from tessella.data.base import Batch, ImageDataset, training_batches
+from tessella.data.base import Batch, ImageDataset
+from tessella.data.loader import training_batches
+from tessella.errors import ConfigError
 from tessella.losses.adversarial import Adversary
 from tessella.training.logs import read_log
 from tessella.training.loop import Loop
@@ -45,7 +46,7 @@ def loop(**settings: object) -> Loop:
 def game(**settings: object) -> TokenizerStep:
     torch.manual_seed(0)
     adversary = Adversary(discriminator_channels=4, **settings)  # type: ignore[arg-type]
-    return TokenizerStep(tiny_tokenizer(), adversary=adversary)
+    return picture_step(tiny_tokenizer(), adversary=adversary)
 
 
 def flat(step: TokenizerStep, which: str) -> Tensor:
@@ -60,7 +61,7 @@ def batch(count: int = 4) -> Batch:
 
 def test_the_loss_is_the_sum_of_its_terms() -> None:
     step = game(weight=0.3)
-    step.l1_weight = 0.5
+    step.objective.l1_weight = 0.5
     out = step(batch())
     x_hat = step.model(batch()["x"]).x_hat
     error = x_hat - batch()["x"]
@@ -106,9 +107,11 @@ def test_accumulation_gives_both_networks_the_mean_gradient(tmp_path: Path) -> N
     gradients = []
     for accumulate in (1, 4):
         step = game()
-        assert step.adversary is not None
-        step.adversary.discriminator = torch.nn.Conv2d(3, 1, 8, stride=8)  # no batch normalisation: no picture matters
-        torch.nn.init.constant_(step.adversary.discriminator.weight, 0.01)  # to another
+        assert step.objective.adversary is not None
+        step.objective.adversary.discriminator = torch.nn.Conv2d(
+            3, 1, 8, stride=8
+        )  # no batch normalisation: no picture matters
+        torch.nn.init.constant_(step.objective.adversary.discriminator.weight, 0.01)  # to another
         loop(steps=1, accumulate=accumulate, clip_norm=math.inf).run(
             step, Smooth(), tmp_path / str(accumulate), device=CPU
         )
@@ -143,7 +146,7 @@ def test_a_compiled_game_gives_the_same_losses(tmp_path: Path) -> None:
 
 
 def test_overfitting_one_batch(tmp_path: Path) -> None:
-    step = TokenizerStep(tiny_tokenizer())
+    step = picture_step(tiny_tokenizer())
     loop(steps=60, lr=5e-3, overfit_batch=True, log_every=20).run(step, Smooth(), tmp_path, device=CPU)
     rows = read_log(tmp_path / "log.jsonl")
     assert rows[-1]["psnr_db"] > rows[0]["psnr_db"] + 5
@@ -154,20 +157,20 @@ def test_overfitting_one_batch(tmp_path: Path) -> None:
             keys.add(f"{index}")
             return super().sample(index, rng)
 
-    loop(steps=5, overfit_batch=True).run(TokenizerStep(tiny_tokenizer()), Watch(), tmp_path / "b", device=CPU)
+    loop(steps=5, overfit_batch=True).run(picture_step(tiny_tokenizer()), Watch(), tmp_path / "b", device=CPU)
     assert len(keys) == 4
 
 
 def test_bad_settings() -> None:
     with pytest.raises(ValueError, match="needs the weights of LPIPS: give their folder with --weights"):
-        TokenizerStep(tiny_tokenizer(), perceptual_weight=1.0)
+        picture_step(tiny_tokenizer(), perceptual_weight=1.0)
     with pytest.raises(ValueError, match="must be >= 0"):
-        TokenizerStep(tiny_tokenizer(), perceptual_weight=-1.0)
+        picture_step(tiny_tokenizer(), perceptual_weight=-1.0)
 
 
 def test_a_discriminator_that_never_starts_is_refused(workspace: Path) -> None:
-    from tessella import pipeline
+    import tessella
 
     overrides = ["loss.adversary.start_step=24", "loss.adversary.discriminator_channels=4"]
     with pytest.raises(ConfigError, match=r"start_step \(24\) is not before the end .*\(training.steps = 24\)"):
-        pipeline.train("tiny.toml", out=Path("run"), overrides=overrides, device="cpu")
+        tessella.train("tiny.toml", out=Path("run"), overrides=overrides, device="cpu")

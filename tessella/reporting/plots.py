@@ -10,18 +10,19 @@ import torch
 from torch import Tensor
 
 from tessella.extras import require
-from tessella.report.page import Plot
+from tessella.reporting.page import Plot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Curves of a training log worth a panel: key -> (title, unit). Others in the log are left to its reader.
+# Curves of a training log worth a panel: key -> (file, title, unit). Others in the log are left to its reader.
 PANELS = {
-    "loss": ("Loss", ""),
-    "psnr": ("PSNR", "dB"),
-    "usage": ("Codebook usage", ""),
-    "perplexity": ("Perplexity", ""),
+    "loss/tokenizer": ("loss", "Loss", ""),
+    "loss/generator": ("loss", "Loss", ""),
+    "psnr_db": ("psnr", "PSNR", "dB"),
+    "usage": ("usage", "Codebook usage", ""),
+    "perplexity": ("perplexity", "Perplexity", ""),
 }
 
 _SIZE_IN = (6.4, 3.2)
@@ -31,14 +32,14 @@ _DPI = 200
 def curves(log_rows: Sequence[Mapping[str, Any]]) -> list[Plot]:
     """One plot for each of :data:`PANELS` in the log; rows need a ``step`` and may lack other keys."""
     plots = []
-    for key, (title, unit) in PANELS.items():
+    for key, (file, title, unit) in PANELS.items():
         points = [(row["step"], row[key]) for row in log_rows if "step" in row and row.get(key) is not None]
         if len(points) < 2:
             continue
         steps, values = zip(*points, strict=True)
         first, last = f"{values[0]:.4g} at step {steps[0]:,}", f"{values[-1]:.4g} at step {steps[-1]:,}"
         label = f"{title} ({unit})" if unit else title
-        plots.append(Plot(f"curve_{key}", f"{title}: {first}, {last}.", *themed(_curve(steps, values, label))))
+        plots.append(Plot(f"curve_{file}", f"{title}: {first}, {last}.", *themed(_curve(steps, values, label))))
     return plots
 
 

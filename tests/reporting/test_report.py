@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
-import json
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_tokenizer
 from PIL import Image
 
 from tessella.evaluation.codebook import CodeCounter
-from tessella.evaluation.reconstruction import Protocol, ReconstructionRecord
-from tessella.report import Card, Gallery, Picture, Section, Table, Tile, write_page, write_report
-from tessella.report.plots import curves, smooth, usage_histogram
+from tessella.evaluation.image import ImageMetrics
+from tessella.evaluation.reconstruction import ReconstructionRecord, evaluate_reconstruction
+from tessella.media.image import Image as ImageMedium
+from tessella.reporting import Card, Gallery, Picture, Section, Table, Tile, write_page, write_report
+from tessella.reporting.plots import curves, smooth, usage_histogram
 
 _VOID = {"meta", "img", "source"}
 
@@ -52,35 +55,53 @@ class Page(HTMLParser):
             self.headings.append(data)
 
 
+def evaluation_of(codes: CodeCounter) -> ReconstructionRecord:
+    """A record as :func:`evaluate_reconstruction` makes it."""
+
+    class Fixed(ImageMetrics):
+        def compute(self) -> dict[str, Any]:
+            return {"psnr": 27.314, "ssim": 0.91, "lpips": {"vgg16": 0.2}, "l1": 0.03, "l2": 0.002}
+
+        def protocol(self) -> dict[str, Any]:
+            return {**super().protocol(), "lpips_files": {"w.safetensors": "ab12" * 4}}
+
+    tokenizer = tiny_tokenizer()
+    batch = {"x": torch.zeros(2, 3, 16, 16), "label": torch.zeros(2), "key": ["a", "b"], "skipped": []}
+    record = evaluate_reconstruction(tokenizer, [batch], Fixed(), data={"name": "folder"})  # type: ignore[list-item]
+    return dataclasses.replace(record, codes=codes, values={**record.values, "seconds": 6.5})
+
+
 @pytest.fixture(scope="module")
-def arguments() -> dict[str, Any]:
+def shown() -> dict[str, Any]:
+    """What a medium is asked to show."""
     rng = torch.Generator().manual_seed(0)
-    codes = CodeCounter(16)
-    indices = torch.randint(0, 12, (3, 4, 4, 1), generator=rng)
-    codes.update(indices)
-    record = ReconstructionRecord(
-        psnr=27.314, ssim=0.91, lpips={"vgg16": 0.2}, l1=0.03, l2=0.002, usage=codes.usage, perplexity=codes.perplexity,
-        bits_per_pixel=0.25, images_per_sec=1234.5, seconds=6.5, num_skipped=1, codes=codes,
-        protocol=Protocol("uint8", 100, {"16x16": 100}, {"w.safetensors": "ab12" * 4}, {"name": "folder"}),
-    )  # fmt: skip
-    originals = torch.rand(3, 3, 16, 16, generator=rng) * 2 - 1
+    x = torch.rand(3, 3, 16, 16, generator=rng) * 2 - 1
     return {
-        "title": "A <tokenizer> & more",
-        "command": "tessella report run --data 'my <pictures>'",
-        "evaluation": json.loads(record.to_json()),
-        "log_rows": [{"step": step, "loss": 1 / step, "psnr": 20 + step, "lr": 0.1} for step in range(1, 4)],
-        "originals": originals,
-        "reconstructions": (originals + 0.1).clamp(-1, 1),
-        "indices": indices,
+        "x": x,
+        "x_hat": (x + 0.1).clamp(-1, 1),
+        "indices": torch.randint(0, 12, (3, 4, 4, 1), generator=rng),
         "codebook": torch.randn(16, 4, generator=rng),
-        "codes": codes,
         "keys": ["a/1.png", "<b>", "c"],
     }
 
 
-def test_report(tmp_path: Path, arguments: dict[str, Any]) -> None:
+def arguments(shown: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """What :func:`write_report` is given."""
+    codes = CodeCounter(16, shown["indices"].shape[-1])
+    codes.update(shown["indices"])
+    return {
+        "title": "A <tokenizer> & more",
+        "command": "tessella report run --data 'my <pictures>'",
+        "evaluation": evaluation_of(codes),
+        "log_rows": [{"step": step, "loss/tokenizer": 1 / step, "psnr_db": 20 + step, "lr": 0.1} for step in (1, 2, 3)],
+        "shown": ImageMedium().show(**shown),
+        **changes,
+    }
+
+
+def test_report(tmp_path: Path, shown: dict[str, Any]) -> None:
     extra = Section("Samples", "Beside real pictures.", [Picture("samples", np.zeros((4, 4, 3), np.uint8), "four")])
-    path = write_report(tmp_path / "run" / "report", **arguments, sections=[extra])
+    path = write_report(tmp_path / "run" / "report", **arguments(shown, sections=[extra]))
     text = path.read_text(encoding="utf-8")
     page = Page(text)
     assert path.name == "report.html"
@@ -90,15 +111,15 @@ def test_report(tmp_path: Path, arguments: dict[str, Any]) -> None:
     assert "A &lt;tokenizer&gt; &amp; more" in text
     assert "my &lt;pictures&gt;" in text
     assert "&lt;b&gt;" in text
-    for shown in (
+    for words in (
         "27.31 dB",
         "0.2000",
         "rounded to 8 bits",
-        "sha256 ab12ab12",
+        "w.safetensors</td><td>ab12ab12",
         "5 times amplified",
         "measured in 6.5 s",
     ):
-        assert shown in text, shown
+        assert words in text, words
     assert sorted(file.name for file in path.parent.iterdir()) == [
         "curve_loss.png", "curve_psnr.png", "errors.png", "originals.png", "reconstructions.png", "report.html",
         "samples.png", "tokens.png", "usage.png",
@@ -107,8 +128,8 @@ def test_report(tmp_path: Path, arguments: dict[str, Any]) -> None:
         assert image.size == (4 * 16 + 3 * 2, 16)
 
 
-def test_report_without_log_names_or_codebook(tmp_path: Path, arguments: dict[str, Any]) -> None:
-    path = write_report(tmp_path, **{**arguments, "log_rows": [], "keys": (), "codebook": None})
+def test_report_without_log_names_or_codebook(tmp_path: Path, shown: dict[str, Any]) -> None:
+    path = write_report(tmp_path, **arguments({**shown, "keys": (), "codebook": None}, log_rows=[]))
     page = Page(path.read_text(encoding="utf-8"))
     assert "Training" not in page.headings
     assert "picture 3" in path.read_text(encoding="utf-8")
@@ -117,17 +138,14 @@ def test_report_without_log_names_or_codebook(tmp_path: Path, arguments: dict[st
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"reconstructions": torch.zeros(2, 3, 16, 16)}, "one shape"),
+        ({"x_hat": torch.zeros(2, 3, 16, 16)}, "one shape"),
         ({"indices": torch.zeros(2, 4, 4, 1, dtype=torch.int64)}, "indices must hold 3 pictures"),
         ({"keys": ["one"]}, "keys must name 3 pictures or none, got 1"),
     ],
 )
-def test_mismatches_are_refused(
-    tmp_path: Path, arguments: dict[str, Any], change: dict[str, Any], message: str
-) -> None:
+def test_mismatches_are_refused(shown: dict[str, Any], change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        write_report(tmp_path, **{**arguments, **change})
-    assert not any(tmp_path.iterdir())
+        ImageMedium().show(**{**shown, **change})
 
 
 def test_small_pictures_are_enlarged_by_whole_numbers(tmp_path: Path) -> None:
@@ -149,7 +167,7 @@ def test_small_pictures_are_enlarged_by_whole_numbers(tmp_path: Path) -> None:
 
 
 def test_curves_skip_what_the_log_lacks() -> None:
-    rows = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0, "psnr": 20.0}, {"step": 3, "loss": None}]
+    rows = [{"step": 1, "loss/generator": 2.0}, {"step": 2, "loss/generator": 1.0, "psnr_db": 20.0}, {"step": 3}]
     plots = curves(rows)
     assert [plot.name for plot in plots] == ["curve_loss"]
     assert plots[0].caption == "Loss: 2 at step 1, 1 at step 2."
@@ -164,11 +182,9 @@ def test_plots_are_drawn_for_both_colour_schemes() -> None:
     assert ink[0] != ink[1]
 
 
-def test_usage_of_several_codebooks(tmp_path: Path, arguments: dict[str, Any]) -> None:
+def test_usage_of_several_codebooks(tmp_path: Path, shown: dict[str, Any]) -> None:
     indices = torch.randint(0, 16, (3, 4, 4, 2), generator=torch.Generator().manual_seed(0))
-    codes = CodeCounter(16, num_codebooks=2)
-    codes.update(indices)
-    path = write_report(tmp_path, **{**arguments, "codes": codes, "indices": indices})
+    path = write_report(tmp_path, **arguments({**shown, "indices": indices}))
     assert {"usage_1.png", "usage_2.png"} <= {file.name for file in tmp_path.iterdir()}
     assert "2 tiles for 2 codebooks" in path.read_text(encoding="utf-8")
 

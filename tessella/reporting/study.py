@@ -8,7 +8,7 @@ from typing import Any
 
 from tessella.checkpoint import write_bytes
 from tessella.extras import require
-from tessella.report.plots import render
+from tessella.reporting.plots import render
 
 # Fixed, so that a method has one colour and marker in every plot and every run.
 _COLOURS = (

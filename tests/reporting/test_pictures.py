@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from tessella.report.pictures import (
+from tessella.reporting.pictures import (
     distinct_colours,
     error_maps,
     grid,
@@ -122,7 +122,7 @@ def test_token_maps_of_several_codebooks_lie_side_by_side() -> None:
 
 
 def test_token_map_errors() -> None:
-    with pytest.raises(ValueError, match=r"\[B, h, w, K\], got \[2, 3\]"):
+    with pytest.raises(ValueError, match=r"\[B, h, w, K\] or \[B, n, K\], got \[2, 3\]"):
         token_maps(torch.zeros(2, 3, dtype=torch.int64), None)
     with pytest.raises(ValueError, match=r"\[V, D\] or \[1, V, D\], got \[2, 4, 3\]"):
         token_maps(torch.zeros(1, 2, 2, 1, dtype=torch.int64), torch.zeros(2, 4, 3))

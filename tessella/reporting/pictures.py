@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from tessella.checkpoint import write_bytes
-from tessella.evaluation.reconstruction import to_uint8
+from tessella.evaluation.image import to_uint8
 
 Array = NDArray[np.uint8]
 
@@ -82,7 +82,7 @@ def save_image_grid(x: Tensor, path: str | Path, *, columns: int | None = None) 
 
 
 def token_maps(indices: Tensor, codebook: Tensor | None) -> list[Array]:
-    """A picture of the tokens of each of ``indices [B, h, w, K]``: one pixel a token, one tile a codebook.
+    """A picture of the tokens of each of ``indices [B, h, w, K]`` or ``[B, n, K]``: a pixel a token, a tile a codebook.
 
     Args:
         indices: int64 in [0, V).
@@ -93,8 +93,10 @@ def token_maps(indices: Tensor, codebook: Tensor | None) -> list[Array]:
     Raises:
         ValueError: indices or codebook of another shape, or an index outside the codebook.
     """
+    if indices.ndim == 3:  # tokens in a row
+        indices = indices[:, None]
     if indices.ndim != 4:
-        raise ValueError(f"indices must be [B, h, w, K], got {list(indices.shape)}")
+        raise ValueError(f"indices must be [B, h, w, K] or [B, n, K], got {list(indices.shape)}")
     layers = indices.cpu().unbind(-1)
     if codebook is None or codebook.numel() > _MAX_TABLE:
         colours = [distinct_colours(layer) for layer in layers]

@@ -26,13 +26,17 @@ from typing import Any
 import torch
 
 from tessella.checkpoint import load, write_text
-from tessella.config import ConfigError, Spec, build_section, resolve_recipe, to_toml
-from tessella.data.base import evaluation_batches
+from tessella.commands._data import data_section
+from tessella.commands.train import train
+from tessella.config import build_section, resolve_recipe
+from tessella.data.loader import evaluation_batches
+from tessella.errors import ConfigError
 from tessella.evaluation.codebook import CodeCounter
-from tessella.evaluation.reconstruction import picture_scores
+from tessella.evaluation.image import lpips_scores, picture_scores
 from tessella.losses.perceptual import LPIPS
-from tessella.pipeline import data_section, train
-from tessella.report.study import plot_study
+from tessella.recipe import to_toml
+from tessella.registry import Spec
+from tessella.reporting.study import plot_study
 
 logger = logging.getLogger("tessella")
 
@@ -254,8 +258,8 @@ def measure(run: Path, pictures: int, weights: Path | None) -> dict[str, Any]:
         timings.append(time.perf_counter() - start)
         codes.update(out.indices)
         soft = tokenizer.autoencoder.decode(tokenizer.from_code(out.z_q))
-        scores = picture_scores(x, soft, lpips=metrics)
-        scores["hard_psnr"] = picture_scores(x, tokenizer.decode(out.indices), lpips={})["psnr"]
+        scores = picture_scores(x, soft) | lpips_scores(x, soft, metrics)
+        scores["hard_psnr"] = picture_scores(x, tokenizer.decode(out.indices))["psnr"]
         scores["quantization_error"] = (z - out.z_q).square().mean((1, 2, 3))
         scores["latent_variance"] = z.var(dim=(0, 1, 2), unbiased=False).mean().expand(len(x))
         if "support_size" in out.metrics:

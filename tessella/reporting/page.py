@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from html import escape
@@ -15,7 +15,7 @@ from typing import TypeAlias
 import torch
 
 from tessella.checkpoint import write_bytes, write_text
-from tessella.report.pictures import Array, png
+from tessella.reporting.pictures import Array, png
 
 PAGE = "report.html"
 
@@ -51,17 +51,18 @@ class Card:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Cards side by side, as many as fit."""
+    """Cards side by side, as many as fit; ``grids`` are files written beside the page, by name."""
 
     cards: Sequence[Card]
+    grids: Mapping[str, bytes] = field(default_factory=dict, repr=False)
 
     def html(self) -> str:
         """A ``<div>`` of the cards."""
         return f'<div class="gallery">{"".join(card.html() for card in self.cards)}</div>'
 
     def files(self) -> dict[str, bytes]:
-        """None: whoever makes a gallery knows which grids are worth a file."""
-        return {}
+        """What whoever made the gallery found worth a file."""
+        return dict(self.grids)
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ def write_page(
                 write_bytes(folder / name, data)
     stats = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in numbers)
     body = "".join(section.html() for section in sections)
-    css = (resources.files("tessella") / "report" / "style.css").read_text(encoding="utf-8")
+    css = (resources.files("tessella") / "reporting" / "style.css").read_text(encoding="utf-8")
     page = f"""<!doctype html>
 <html lang="en">
 <head>

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from tessella.report.page import Card, Gallery, Picture, Section, Table, Tile, write_page
-from tessella.report.pictures import grid, to_pictures
-from tessella.report.plots import curves
+from tessella.reporting.page import Card, Gallery, Picture, Section, Table, Tile, write_page
+from tessella.reporting.pictures import grid, to_pictures
+from tessella.reporting.plots import curves
 
 _COLUMNS = 4
 

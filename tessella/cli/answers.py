@@ -1,0 +1,59 @@
+"""The one place that turns exceptions into answers: one readable line and an exit status."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.markup import escape
+
+from tessella.errors import Interrupted, TessellaError
+from tessella.text import printable
+
+console = Console(soft_wrap=True, highlight=False)
+errors = Console(stderr=True, soft_wrap=True, highlight=False)
+
+TRACEBACK = "TESSELLA_TRACEBACK"
+
+
+def say(text: str, *names: object) -> None:
+    """Print a line; each ``{}`` of it is a name, which no markup in it can change."""
+    console.print(text.format(*(f"[bold]{escape(printable(str(name)))}[/bold]" for name in names)))
+
+
+@contextmanager
+def answers() -> Iterator[None]:
+    """Expected failures end in one line and an exit status, not in a traceback.
+
+    2 for what was refused, 128 + n for what signal n ended. With ``TESSELLA_TRACEBACK=1`` in the environment the
+    traceback comes too.
+    """
+    try:
+        yield
+    except Interrupted as stop:
+        errors.print(f"{escape(str(stop))}; the same command continues from there")
+        sys.exit(128 + stop.signal_number)
+    except KeyboardInterrupt:
+        errors.print("stopped at once; what was not saved is lost")
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:
+        # Whoever read the output has left; nothing more can be said there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except (TessellaError, ValueError, OSError, ModuleNotFoundError, MemoryError) as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        errors.print(f"[red]error:[/red] {escape(printable(_line(error)))}")
+        sys.exit(2)
+
+
+def _line(error: Exception) -> str:
+    if isinstance(error, OSError) and not isinstance(error, TessellaError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, MemoryError):
+        return "not enough memory" + (f": {error}" if str(error) else "")
+    return str(error) or type(error).__name__

@@ -1,0 +1,102 @@
+"""The protocol of a medium."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from tessella.config import Configurable
+from tessella.errors import ConfigError
+from tessella.evaluation.base import Metrics
+from tessella.evaluation.features import FeatureNetwork
+from tessella.reporting.page import Section
+
+
+class Medium(Configurable, ABC):
+    """What x ``[C, *X]`` in [-1, 1] is: everything a command does with a signal beside encoding and decoding it.
+
+    A data source names its medium, and a run's recipe keeps it as ``[medium]``.
+
+    Attributes:
+        unit: what a rate counts, a plural: "images", "seconds".
+    """
+
+    unit: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def suffix(self) -> str:
+        """Of the files that :meth:`write` makes, with the dot."""
+
+    @abstractmethod
+    def units(self, x: Tensor) -> float:
+        """How many of :attr:`unit` a batch ``x [B, C, *X]`` holds."""
+
+    @abstractmethod
+    def read(self, path: Path) -> Tensor:
+        """The signal ``[C, *X]`` in a file.
+
+        Raises:
+            DataError: it is none, or a damaged one; the message names the file.
+        """
+
+    @abstractmethod
+    def write(self, x: Tensor, path: Path) -> None:
+        """Write a signal ``[C, *X]`` to a file that ends in :attr:`suffix` and appears complete or not at all."""
+
+    @abstractmethod
+    def metrics(self, *, weights: Path | None = None, **options: Any) -> Metrics:
+        """What a reconstruction is scored by.
+
+        Args:
+            weights: folder with the weights of perceptual metrics; these are left out without it.
+            options: further choices of the medium.
+
+        Raises:
+            ConfigError: an unknown option, or a value out of range.
+        """
+
+    def feature_network(self, protocol: str, weights: Path | None, device: torch.device) -> FeatureNetwork:
+        """The network between whose features distances of distributions are taken.
+
+        Args:
+            protocol: see :data:`tessella.evaluation.protocols.PROTOCOLS`.
+            weights: of the network, or a folder that holds them.
+            device: where to put it.
+
+        Raises:
+            ConfigError: unknown protocol, no weights given, or a medium that has no such networks.
+            CheckpointError: weights that do not fit.
+        """
+        raise ConfigError(f"no network is known that tells distributions of {self.unit} apart")
+
+    @abstractmethod
+    def show(self, x: Tensor, x_hat: Tensor, indices: Tensor, codebook: Tensor | None, keys: Sequence[str]) -> Section:
+        """A report's section of signals ``x``, their reconstructions ``x_hat`` (both ``[B, C, *X]``) and tokens.
+
+        Args:
+            x: the originals.
+            x_hat: what became of them.
+            indices: ``[B, *S, K]``.
+            codebook: ``[V, D]`` or ``[K, V, D]``, from which tokens get their colours; None where it is too large.
+            keys: the signals' names.
+        """
+
+    @abstractmethod
+    def show_samples(self, real: Mapping[str, Tensor], generated: Mapping[str, Tensor], settings: str) -> Section:
+        """A report's section of real and generated signals side by side.
+
+        Args:
+            real: class -> ``[n, C, *X]`` that no model has seen; a class may have none.
+            generated: class -> samples ``[m, C, *X]``.
+            settings: how they were drawn.
+        """
+
+    @abstractmethod
+    def preview(self, rows: Sequence[Tensor], stem: Path) -> Path:
+        """Write one picture file that shows rows of signals ``[n, C, *X]``; returns ``stem`` with its ending."""

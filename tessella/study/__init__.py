@@ -1,0 +1,1 @@
+"""The experiments that test the papers' claims."""
