@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tessella.commands.build import build
     from tessella.commands.detokenize import detokenize
     from tessella.commands.evaluate import evaluate
+    from tessella.commands.predict import predict
     from tessella.commands.quickstart import quickstart
     from tessella.commands.report import report
     from tessella.commands.sample import sample
@@ -36,7 +37,7 @@ except PackageNotFoundError:  # a source tree that is on the path without being 
     __version__ = "0+source"
 
 _MODULES = ("autoencoders", "conditioners", "generators", "ops", "quantizers")
-_COMMANDS = ("build", "detokenize", "evaluate", "quickstart", "report", "sample", "tokenize", "train")
+_COMMANDS = ("build", "detokenize", "evaluate", "predict", "quickstart", "report", "sample", "tokenize", "train")
 # Public name -> the module that defines it.
 _HOMES = {
     **{name: f"tessella.commands.{name}" for name in _COMMANDS},
@@ -52,8 +53,8 @@ _HOMES = {
 
 __all__ = [
     "Reconstruction", "SampleSettings", "TessellaError", "TokenSpace", "Tokenizer", "__version__", "autoencoders",
-    "build", "conditioners", "detokenize", "evaluate", "generators", "load", "load_generator", "ops", "quantizers",
-    "quickstart", "register", "report", "sample", "tokenize", "train",
+    "build", "conditioners", "detokenize", "evaluate", "generators", "load", "load_generator", "ops", "predict",
+    "quantizers", "quickstart", "register", "report", "sample", "tokenize", "train",
 ]  # fmt: skip
 
 

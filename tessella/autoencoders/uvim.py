@@ -22,9 +22,9 @@ class UViM(Autoencoder):
     codes back. The label sees the decoder through the codes alone; code dropout keeps them from saying what the picture
     says.
 
-    ``x [B, P, H, W]`` holds the planes as :mod:`tessella.labels.planes` describes them, ``x_hat [B, sum(planes), H, W]``
-    the logits (or values) of each in turn, all 0 before training. Depth has ``planes = [256]``, panoptic segments
-    ``[1 + categories, instances]``, colour ``[1, 1, 1]``.
+    ``x [B, P, H, W]`` holds the planes as :mod:`tessella.labels.planes` describes them, and
+    ``x_hat [B, sum(planes), H, W]`` the logits (or values) of each in turn, all 0 before training. Depth has
+    ``planes = [256]``, panoptic segments ``[1 + categories, instances]``, colour ``[1, 1, 1]``.
 
     Args:
         planes: classes of each plane; 1 for a plane of values.
@@ -153,7 +153,8 @@ class UViM(Autoencoder):
         pixels = torch.arange(self.patch_px**2, device=x.device)
         # [B, P * p^2, L] -> [B, L, P, p^2]
         patches = functional.unfold(x, self.patch_px, stride=self.patch_px).mT.unflatten(2, (self.in_channels, -1))
-        tokens, first = self.plane_bias, 0
+        tokens: Tensor = self.plane_bias
+        first = 0
         for patch, num_classes in zip(patches.unbind(2), self.planes, strict=True):
             rows = self.plane_in[first : first + num_classes * self.patch_px**2]
             if num_classes == 1:
@@ -176,7 +177,8 @@ class UViM(Autoencoder):
         if context is None or list(context.shape) != expected:
             raise ValueError(f"the context must be the picture, {expected}, of the label's size; "
                              f"got {None if context is None else list(context.shape)}")  # fmt: skip
-        return tokens + patches(context).flatten(2).mT
+        embedded: Tensor = patches(context)
+        return tokens + embedded.flatten(2).mT
 
 
 def _patches(channels: int, width: int, patch_px: int) -> nn.Module:

@@ -39,8 +39,8 @@ class DenseSamples(Samples, ABC):
     """Pictures (as ``context``) with dense labels (as the planes ``x``), both square.
 
     Training takes a random part of a picture (share of its area uniform in [``min_area``, 1], its sides' ratio in
-    [3/4, 4/3]), mirrors half of them and resizes to a square; evaluation resizes the whole picture. Pictures are resized
-    bilinearly and antialiased, labels to the nearest pixel.
+    [3/4, 4/3]), mirrors half of them and resizes to a square; evaluation resizes the whole picture. Pictures are
+    resized bilinearly and antialiased, labels to the nearest pixel.
 
     Args:
         split: "train" or "test".
@@ -228,8 +228,10 @@ def square_label(label: Array, size_px: int, box: Box | None = None) -> Array:
 def resized_label(label: Array, height: int, width: int) -> Array:
     """``[height, width]`` of a label ``[H, W]``, each pixel the nearest."""
     # Exactly: pixel i has its centre at (i + 1/2) H / height.
-    rows, columns = ((2 * np.arange(n) + 1) * size // (2 * n) for n, size in zip((height, width), label.shape, strict=True))
-    return label[rows[:, None], columns]
+    wanted = zip((height, width), label.shape, strict=True)
+    rows, columns = ((2 * np.arange(n) + 1) * size // (2 * n) for n, size in wanted)
+    nearest: Array = label[rows[:, None], columns]
+    return nearest
 
 
 def read_levels(path: Path, key: str) -> Array:

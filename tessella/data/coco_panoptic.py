@@ -55,7 +55,8 @@ class CocoPanoptic(PanopticSamples):
         things: names of those that are things.
 
     Raises:
-        ValueError: no such files, a JSON file of another layout or with other categories, or an argument out of its range.
+        ValueError: no such files, a JSON file of another layout or with other categories, or an argument out of its
+            range.
     """
 
     carries = PanopticSamples.carries | {"train_name", "test_name", "class_names", "things"}
@@ -85,8 +86,8 @@ class CocoPanoptic(PanopticSamples):
         found = [str(one["name"]) for one in content["categories"]]
         found_things = {str(one["name"]) for one in content["categories"] if one["isthing"]}
         if found != list(self.class_names) or found_things != set(self.things):
-            raise DataError(f"{file} has {len(found)} categories, {', '.join(found[:3])}, ...: not those of class_names "
-                            "and things")  # fmt: skip
+            raise DataError(f"{file} has {len(found)} categories, {', '.join(found[:3])}, ...: not those of "
+                            "class_names and things")  # fmt: skip
         self._category = {int(one["id"]): number for number, one in enumerate(content["categories"])}
         self._images = require_folder(root / name, "the pictures of this split")
         self._labels = next((one for one in (file.with_suffix(""), root / f"panoptic_{name}") if one.is_dir()), None)

@@ -51,9 +51,7 @@ class DepthFolder(DepthSamples):
         array_units_per_m: float = 1.0,
         held_out: float = 0.05,
     ) -> None:
-        super().__init__(
-            split=split, size_px=size_px, flip=flip, min_area=min_area, num_bins=num_bins, high_m=high_m
-        )
+        super().__init__(split=split, size_px=size_px, flip=flip, min_area=min_area, num_bins=num_bins, high_m=high_m)
         check_share(held_out)
         for name, value in (("units_per_m", units_per_m), ("array_units_per_m", array_units_per_m)):
             if not value > 0:

@@ -44,9 +44,7 @@ class Motorcycle(DepthSamples):
         num_bins: int = 256,
         high_m: float = 10.0,
     ) -> None:
-        super().__init__(
-            split=split, size_px=size_px, flip=flip, min_area=min_area, num_bins=num_bins, high_m=high_m
-        )
+        super().__init__(split=split, size_px=size_px, flip=flip, min_area=min_area, num_bins=num_bins, high_m=high_m)
         spec = importlib.util.find_spec("skimage")
         if spec is None or not spec.submodule_search_locations:
             raise ModuleNotFoundError("scikit-image holds this picture and is not installed: "

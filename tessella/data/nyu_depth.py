@@ -55,16 +55,16 @@ class NYUDepth(DepthSamples):
         splits: str | None = None,
         held_out: float = 0.45,
     ) -> None:
-        super().__init__(
-            split=split, size_px=size_px, flip=flip, min_area=min_area, num_bins=num_bins, high_m=high_m
-        )
+        super().__init__(split=split, size_px=size_px, flip=flip, min_area=min_area, num_bins=num_bins, high_m=high_m)
         check_share(held_out)
         self.path = Path(path)
         with self._open() as file:
             shapes = {name: file[name].shape if name in file else None for name in ("images", "depths")}
         images, depths = shapes["images"], shapes["depths"]
         if images is None or depths is None or len(images) != 4 or len(depths) != 3:
-            raise DataError(f"{self.path} must hold images [N, 3, W, H] and depths [N, W, H], got {images} and {depths}")
+            raise DataError(
+                f"{self.path} must hold images [N, 3, W, H] and depths [N, W, H], got {images} and {depths}"
+            )
         if images != (depths[0], 3, *depths[1:]):
             raise DataError(f"{self.path}: images {images} and depths {depths} are of different numbers or sizes")
         number = depths[0]

@@ -188,9 +188,7 @@ class RenderedRooms(DepthSamples):
         num_test_scenes: int = 256,
         seed: int = 0,
     ) -> None:
-        super().__init__(
-            split=split, size_px=size_px, flip=flip, min_area=min_area, num_bins=num_bins, high_m=high_m
-        )
+        super().__init__(split=split, size_px=size_px, flip=flip, min_area=min_area, num_bins=num_bins, high_m=high_m)
         for name, value, least in (("num_scenes", num_scenes, 1), ("num_test_scenes", num_test_scenes, 1),
                                    ("seed", seed, 0)):  # fmt: skip
             if value < least:
@@ -224,7 +222,8 @@ def _look_up(texture: Array, place: Array) -> Array:
     size = len(texture)
     pixels = np.floor(np.abs(place) / _METRES_A_TEXTURE * size).astype(np.int64) % (2 * size)
     row, column = np.minimum(pixels, 2 * size - 1 - pixels).T
-    return texture[row, column]
+    colours: Array = texture[row, column]
+    return colours
 
 
 def _turn_y(angle: float) -> Array:

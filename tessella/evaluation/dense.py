@@ -57,8 +57,8 @@ def _picture_errors(p: Tensor, t: Tensor) -> Tensor:
     """The errors of the pixels ``p [n]``, ``t [n]`` in the order of :data:`DEPTH_METRICS`."""
     for name, depth in (("predicted", p), ("truth", t)):
         if not (depth.isfinite() & (depth > 0)).all():
-            raise ValueError(f"{name} depth must be finite and above 0 m where it counts, got {depth.min().item():g} .. "
-                             f"{depth.max().item():g}")  # fmt: skip
+            low, high = depth.min().item(), depth.max().item()
+            raise ValueError(f"{name} depth must be finite and above 0 m where it counts, got {low:g} .. {high:g}")
     ratio = torch.maximum(p / t, t / p)
     return torch.stack([
         (p - t).square().mean().sqrt(), ((p - t).abs() / t).mean(), (p.log10() - t.log10()).abs().mean(),
@@ -110,7 +110,7 @@ class PanopticQuality:
         self._counts: defaultdict[int, _Count] = defaultdict(_Count)
 
     def update(self, predicted: Segmentation, truth: Segmentation, crowds: Collection[int] = ()) -> None:
-        """Count one picture: ids ``[H, W]`` int64, 0 for void, with each id's category; ``crowds`` are ids of the truth.
+        """Count one picture: ids ``[H, W]`` int64, 0 for void, with each id's category; crowds are ids of the truth.
 
         Pixels of the truth that are not to be learned (-1) count as void.
 

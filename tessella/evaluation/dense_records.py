@@ -124,7 +124,9 @@ class PanopticMetrics(Metrics):
         """See :meth:`Metrics.meanings`."""
         kinds = {"": "", "_things": "; of things alone", "_stuff": "; of stuff alone"}
         return {
-            f"{name}{kind}": f"{meaning}{told}" for kind, told in kinds.items() for name, meaning in _QUALITY_MEANINGS.items()
+            f"{name}{kind}": f"{meaning}{told}"
+            for kind, told in kinds.items()
+            for name, meaning in _QUALITY_MEANINGS.items()
         }
 
     def readable(self, record: Mapping[str, Any]) -> list[Number]:

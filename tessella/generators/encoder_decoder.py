@@ -123,7 +123,8 @@ class EncoderDecoder(Generator):
         tokens = torch.full((len(rng), 1), _START, device=context.device)
         drawn = []
         for step, scale in enumerate(scales):
-            logits = self._codes_alone(self._step(torch.cat([tokens, tokens]) if guides else tokens, step, context, cache))
+            both = torch.cat([tokens, tokens]) if guides else tokens
+            logits = self._codes_alone(self._step(both, step, context, cache))
             if guides:
                 own, null = logits.chunk(2)
                 logits = own if scale == 1 else guided(own, null, scale)

@@ -48,9 +48,10 @@ def check_segments(ids: Tensor, categories: Mapping[int, int], num_categories: i
 class PanopticPlanes:
     r"""Segments to planes ``x [2, H, W]`` and back.
 
-    Plane 0 is the class, category + 1, plane 1 the number of the instance; both are 0 for void, and -1 where nothing is
-    to be learned. Every segment, thing or stuff, is an instance. They are numbered 1..N from top to bottom and then
-    from left to right, by :math:`x_c + H y_c` of their centres of mass, in the picture as it is encoded: after its crop.
+    Plane 0 is the class, category + 1, plane 1 the number of the instance; both are 0 for void, and -1 where nothing
+    is to be learned. Every segment, thing or stuff, is an instance. They are numbered 1..N from top to bottom and
+    then from left to right, by :math:`x_c + H y_c` of their centres of mass, in the picture as it is encoded: after its
+    crop.
 
     Where there are more segments than numbers, the largest have one, and the pixels of the others are -1.
 
@@ -108,7 +109,8 @@ class PanopticPlanes:
         classes, instances = planes.long()
         for plane, size, what in ((classes, self.sizes[0], "class"), (instances, self.sizes[1], "instance")):
             if plane.numel() and (plane.min() < IGNORED or plane.max() >= size):
-                raise ValueError(f"{what} plane holds {plane.min().item()} .. {plane.max().item()}, not -1 .. {size - 1}")
+                low, high = plane.min().item(), plane.max().item()
+                raise ValueError(f"{what} plane holds {low} .. {high}, not -1 .. {size - 1}")
         categories = {}
         for number in instances[instances > 0].unique().tolist():
             of_instance = classes[instances == number].unique().tolist()

@@ -29,7 +29,8 @@ def split_planes(x_hat: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
     """
     if x_hat.shape[1] != sum(sizes):
         raise ValueError(f"planes of {list(sizes)} classes need {sum(sizes)} channels, got {x_hat.shape[1]}")
-    return x_hat.split(list(sizes), 1)
+    parts: tuple[Tensor, ...] = x_hat.split(list(sizes), 1)
+    return parts
 
 
 def plane_cross_entropy(logits: Tensor, classes: Tensor, ignored: int = IGNORED) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from tessella.data.base import Batch
 from tessella.labels.planes import plane_classes, plane_cross_entropy, split_planes
@@ -39,7 +39,8 @@ class Panoptic(Objective):
 
     def forward(self, batch: Batch, out: Reconstruction, last_layer: nn.Parameter) -> StepOutput:
         """See the class; ``x [B, 2, H, W]``, ``x_hat [B, num_categories + 1 + num_instances, H, W]``."""
-        losses, metrics = [], {}
+        losses: list[Tensor] = []
+        metrics: dict[str, Tensor] = {}
         names = ("classes", "instances")
         parts = zip(names, split_planes(out.x_hat, self.sizes), batch["x"].unbind(1), strict=True)
         for name, logits, plane in parts:

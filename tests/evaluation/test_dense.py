@@ -46,7 +46,7 @@ def test_depth_refuses() -> None:
         depth_metrics(depth, depth, depth[:, :1])
     with pytest.raises(ValueError, match="no picture has a pixel that counts"):
         depth_metrics(depth, depth * 0)
-    with pytest.raises(ValueError, match="predicted depth must be finite and above 0 m where it counts, got 0 .. 0"):
+    with pytest.raises(ValueError, match=r"predicted depth must be finite and above 0 m where it counts, got 0 \.\. 0"):
         depth_metrics(depth * 0, depth)
     with pytest.raises(ValueError, match="truth depth must be finite and above 0 m"):
         depth_metrics(depth, depth * 0, depth > 0)
