@@ -11,10 +11,10 @@ Importing the package imports none of this: each name is loaded when it is first
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from tessella import autoencoders, conditioners, generators, ops, quantizers
     from tessella.checkpoint import load, load_generator
     from tessella.commands.build import build
@@ -30,11 +30,6 @@ if TYPE_CHECKING:
     from tessella.generators.drawing import SampleSettings
     from tessella.registry import register
     from tessella.tokenizer import Reconstruction, Tokenizer, TokenSpace
-
-try:
-    __version__ = version("tessella")
-except PackageNotFoundError:  # a source tree that is on the path without being installed
-    __version__ = "0+source"
 
 _MODULES = ("autoencoders", "conditioners", "generators", "ops", "quantizers")
 _COMMANDS = ("build", "detokenize", "evaluate", "predict", "quickstart", "report", "sample", "tokenize", "train")
@@ -59,6 +54,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     if name in _MODULES:
         return importlib.import_module(f"tessella.{name}")
     if name in _HOMES:
@@ -66,6 +63,15 @@ def __getattr__(name: str) -> Any:
         value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
         return value
     raise AttributeError(f"module 'tessella' has no attribute {name!r}")
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version  # takes a while to import
+
+    try:
+        return version("tessella")
+    except PackageNotFoundError:  # a source tree that is on the path without being installed
+        return "0+source"
 
 
 def __dir__() -> list[str]:

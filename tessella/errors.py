@@ -23,13 +23,13 @@ class TrainingError(TessellaError, RuntimeError):
 
 
 class Interrupted(Exception):
-    """A signal ended the run early, after a checkpoint was written."""
+    """A signal ended the run early, after a checkpoint was written if there was anything to save."""
 
-    def __init__(self, signal_number: int, checkpoint: Path) -> None:
+    def __init__(self, signal_number: int, checkpoint: Path | None) -> None:
         super().__init__(signal_number, checkpoint)  # both, so that it survives the way between processes
         self.signal_number = signal_number
         self.checkpoint = checkpoint
 
     def __str__(self) -> str:
         """The signal, and where to continue."""
-        return f"interrupted by {signal.Signals(self.signal_number).name}; saved {self.checkpoint}"
+        return f"interrupted by {signal.Signals(self.signal_number).name}; saved {self.checkpoint or 'nothing yet'}"

@@ -6,7 +6,6 @@ import importlib
 import inspect
 import re
 from functools import cache
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,7 @@ def register(family: str, name: str, cls: type) -> None:
 def names(family: str) -> list[str]:
     """What recipes can name: the files of ``tessella/<family>`` with an implementation, and what is registered."""
     more = [name for other, name in _registered if other == family]
-    return sorted({*_files(family), *more, *(point.name for point in entry_points(group=f"tessella.{family}"))})
+    return sorted({*_files(family), *more, *_entry_points(family)})
 
 
 def registered(family: str) -> dict[str, type]:
@@ -107,11 +106,19 @@ def _load(family: str, name: str) -> type:
     if name in _files(family):
         module = importlib.import_module(f"tessella.{family}.{name}")
         return getattr(module, _files(family)[name])  # type: ignore[no-any-return]
-    (point,) = entry_points(group=f"tessella.{family}", name=name)
+    point = _entry_points(family)[name]
     cls = point.load()
     if not (inspect.isclass(cls) and issubclass(cls, _protocol(family))):
         raise ConfigError(f"entry point {point.value} does not implement {FAMILIES[family]}")
     return cls
+
+
+@cache
+def _entry_points(family: str) -> dict[str, Any]:
+    """What installed packages provide, by name."""
+    from importlib.metadata import entry_points  # takes a while to import
+
+    return {point.name: point for point in entry_points(group=f"tessella.{family}")}
 
 
 @cache

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import ast
+import importlib
 from pathlib import Path
 
 import pytest
 
 import tessella
+from tessella import registry
 
 PACKAGE = Path(tessella.__file__).parent
 
 # Every module or folder may import those of lower rank, and its own folder.
 RANKS = {
-    "errors": 0, "text": 0,
+    "errors": 0, "processes": 0, "text": 0,
     "registry": 1, "extras": 1, "distributed": 1,
     "config": 2, "recipe": 2,
     "labels": 3, "ops": 3, "transformer": 3,
@@ -65,3 +67,11 @@ def test_imports_point_down(file: Path) -> None:
 def test_every_module_is_documented() -> None:
     for file in modules():
         assert ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))), f"{file} has no docstring"
+
+
+@pytest.mark.parametrize("family", ["autoencoders", "conditioners", "generators", "quantizers"])
+def test_a_family_exports_its_classes(family: str) -> None:
+    module = importlib.import_module(f"tessella.{family}")
+    classes = {cls.__name__ for cls in registry.registered(family).values()}
+    assert classes <= set(module.__all__)
+    assert {getattr(module, name).__name__ for name in classes} == classes

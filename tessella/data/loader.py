@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import os
-import signal
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from tessella.data.base import Batch, DataError, Sample, Samples, UnreadableImage, list_skipped, random_for
+from tessella.processes import end_with_parent, leave_signals_to_parent
 
 # A run of so many unreadable samples is no accident: the search for a replacement ends.
 _MAX_UNREADABLE_RUN = 1000
@@ -163,7 +164,7 @@ def _load(view: _View, indices: Iterable[Any], num_workers: int) -> Iterator[Bat
         # Processes that start clean: a fork of this one would inherit the locks that torch's other threads hold. Not
         # those of a fork server: they outlive a program that is killed.
         multiprocessing_context="spawn" if num_workers else None,
-        worker_init_fn=_prepare_worker,
+        worker_init_fn=functools.partial(_prepare_worker, os.getpid()),
         generator=torch.Generator(),  # the loader draws a seed for its workers: not from the program's own randomness
     )
     for batch in loader:
@@ -172,9 +173,9 @@ def _load(view: _View, indices: Iterable[Any], num_workers: int) -> Iterator[Bat
         yield batch
 
 
-def _prepare_worker(worker: int) -> None:
-    # Ctrl-C reaches the workers too, but the program may want to end its step and save first.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _prepare_worker(parent: int, worker: int) -> None:
+    end_with_parent(parent)
+    leave_signals_to_parent()
     # When the program has seen enough, the thread that sends batches is still at it, inside C++. Stopped there, as the
     # interpreter stops its threads, it would abort the process; so the worker ends at once, as forked ones do.
     atexit.register(os._exit, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tessella.quantizers.base import Quantized, Quantizer
+from tessella.quantizers.bsq import BSQ
 from tessella.quantizers.ema import EMAVQ
 from tessella.quantizers.fsq import FSQ
 from tessella.quantizers.grouped import Grouped
@@ -16,6 +17,7 @@ from tessella.quantizers.uvim_vq import UViMVQ
 from tessella.quantizers.vq import VQ
 
 __all__ = [
+    "BSQ",
     "EMAVQ",
     "FSQ",
     "IBQ",

@@ -34,6 +34,7 @@ from tessella.errors import ConfigError
 from tessella.evaluation.codebook import CodeCounter
 from tessella.evaluation.image import lpips_scores, picture_scores
 from tessella.losses.perceptual import LPIPS
+from tessella.processes import end_with_parent
 from tessella.recipe import to_toml
 from tessella.registry import Spec
 from tessella.reporting.study import plot_study
@@ -188,7 +189,10 @@ def _run_all(missing: list[Cell], out: Path, settings: dict[str, Any], weights: 
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("cells", total=len(missing))
         context = multiprocessing.get_context("spawn")
-        with _terminable(), ProcessPoolExecutor(jobs, mp_context=context, initializer=_one_thread) as pool:
+        with (
+            _terminable(),
+            ProcessPoolExecutor(jobs, mp_context=context, initializer=_prepare_worker, initargs=(os.getpid(),)) as pool,
+        ):
             futures = {pool.submit(run_cell, cell, out, settings, weights): cell for cell in missing}
             try:
                 for future in as_completed(futures):
@@ -219,7 +223,8 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _one_thread() -> None:
+def _prepare_worker(parent: int) -> None:
+    end_with_parent(parent)
     torch.set_num_threads(1)
     logging.getLogger("tessella").setLevel(logging.WARNING)
 

@@ -83,7 +83,7 @@ class Run:
     def run(self, claim: Callable[[], None]) -> nn.Module:
         """See :meth:`Loop.run`."""
         s = self.settings
-        with _signals() as received, held_back(logger) as messages:
+        with _signals() as self.received, held_back(logger) as messages:
             self._resume()
             self.precision = self.precision or resolve_precision(s.precision, self.device)
             batches = self._batches()
@@ -101,8 +101,8 @@ class Run:
                     progress.advance(row, self.units - self.shown_units)
                     self.shown_units = self.units
                     self._record(row)
-                    if received:
-                        raise Interrupted(received[0], self._checkpoint())
+                    if self.received:
+                        raise Interrupted(self.received[0], self._checkpoint())
                     row = self._advance(batches, started) if self.position < s.steps else None
                 if latest_checkpoint(self.folder) != self.folder / "checkpoints" / f"step-{s.steps:08d}":
                     self._checkpoint()
@@ -121,7 +121,13 @@ class Run:
 
     def _advance(self, batches: Iterator[Batch], started: float) -> dict[str, float]:
         """One more step; its row."""
-        row = self._optimize(batches)
+        try:
+            row = self._optimize(batches)
+        except RuntimeError as error:
+            # A signal to the whole group can reach a worker that has not yet learned to leave it to this process.
+            if self.received:
+                raise Interrupted(self.received[0], latest_checkpoint(self.folder)) from error
+            raise
         self.position += 1
         self.seconds = time.monotonic() - started
         return row
