@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tessella.commands.compare import compare
     from tessella.commands.detokenize import detokenize
     from tessella.commands.evaluate import evaluate
+    from tessella.commands.predict import predict
     from tessella.commands.quickstart import quickstart
     from tessella.commands.report import report
     from tessella.commands.sample import sample
@@ -35,7 +36,9 @@ if TYPE_CHECKING:
     from tessella.tokenizer import Reconstruction, Tokenizer, TokenSpace
 
 _MODULES = ("autoencoders", "conditioners", "generators", "ops", "quantizers")
-_COMMANDS = ("build", "compare", "detokenize", "evaluate", "quickstart", "report", "sample", "tokenize", "train")
+_COMMANDS = (
+    "build", "compare", "detokenize", "evaluate", "predict", "quickstart", "report", "sample", "tokenize", "train",
+)  # fmt: skip
 # Public name -> the module that defines it.
 _HOMES = {
     **{name: f"tessella.commands.{name}" for name in _COMMANDS},
@@ -55,8 +58,8 @@ _HOMES = {
 __all__ = [
     "Reconstruction", "SampleSettings", "TessellaError", "TokenSpace", "Tokenizer", "__version__", "autoencoders",
     "build", "compare", "conditioners", "convert", "detokenize", "evaluate", "from_pretrained",
-    "generator_from_pretrained", "generators", "load", "load_generator", "ops", "quantizers", "quickstart", "register",
-    "report", "sample", "tokenize", "train",
+    "generator_from_pretrained", "generators", "load", "load_generator", "ops", "predict", "quantizers", "quickstart",
+    "register", "report", "sample", "tokenize", "train",
 ]  # fmt: skip
 
 

@@ -21,7 +21,7 @@ RANKS = {
     "errors": 0, "processes": 0, "text": 0,
     "storage": 1, "registry": 1, "extras": 1, "distributed": 1,
     "config": 2, "recipe": 2,
-    "attention": 3, "ops": 3,
+    "attention": 3, "labels": 3, "ops": 3,
     "transformer": 4,
     "quantizers": 5, "autoencoders": 5, "conditioners": 5,
     "tokenizer": 6,
