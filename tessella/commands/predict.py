@@ -9,7 +9,6 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from tessella.checkpoint import write_bytes
 from tessella.commands._data import medium_of
 from tessella.commands._device import pick_device
 from tessella.commands._predictions import Predictor, dense, load_predictor
@@ -19,6 +18,7 @@ from tessella.data.decode import decode_rgb, picture_extensions
 from tessella.errors import ConfigError
 from tessella.media._dense import DenseMedium
 from tessella.reporting.pictures import png
+from tessella.storage import write_bytes
 
 # The longest side of a picture for people: what is larger is shrunk, what is much smaller enlarged.
 _SHOWN_PX = 512

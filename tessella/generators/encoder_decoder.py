@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +13,16 @@ from tessella.attention import KVCache, Linear
 from tessella.conditioners.base import Conditioner
 from tessella.config import build
 from tessella.generators.base import Generator, Guidance, Loss
-from tessella.generators.sampling import check_guidance, check_settings, choose, guided, inference, uniforms
+from tessella.generators.sampling import (
+    Rng,
+    check_guidance,
+    check_settings,
+    choose,
+    guided,
+    inference,
+    one_each,
+    uniforms,
+)
 from tessella.tokenizer import TokenSpace
 from tessella.transformer import Transformer
 
@@ -104,13 +112,14 @@ class EncoderDecoder(Generator):
         self,
         condition: Tensor | None,
         *,
-        rng: Sequence[torch.Generator],
+        rng: Rng = None,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
         guidance: Guidance = 1.0,
     ) -> Tensor:
         """See :meth:`Generator.sample`; progress is the share of tokens drawn. Dense prediction takes temperature 0."""
+        rng = one_each(rng, condition)
         check_settings(self.space.codebook_size, temperature=temperature, top_k=top_k, top_p=top_p)
         scales = [guidance(n / self.num_steps) if callable(guidance) else guidance for n in range(self.num_steps)]
         for scale in scales:

@@ -12,10 +12,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from tessella.checkpoint import write_bytes
 from tessella.media.base import Medium
 from tessella.reporting.page import Card, Gallery, Section, Tile
 from tessella.reporting.pictures import Array, grid, png, to_pictures, token_maps
+from tessella.storage import write_bytes
 
 _MARGIN = 6
 _TEXT_PX = 14
