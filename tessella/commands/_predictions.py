@@ -12,7 +12,6 @@ from tessella.checkpoint import load_generator, load_recipe, model_folder
 from tessella.conditioners.base import Conditioner
 from tessella.errors import ConfigError
 from tessella.generators.base import Generator
-from tessella.generators.sampling import generators
 from tessella.media._dense import DenseMedium
 from tessella.media.base import Medium
 from tessella.registry import find
@@ -28,7 +27,7 @@ class Predictor(Tokenizer):
         tokenizer: whose decoder sees the picture.
         generator: writes its codes.
         temperature: 0 takes the likeliest code, as published.
-        seed: row b of a batch draws with ``seed + b``.
+        seed: of the codes, with a temperature.
     """
 
     def __init__(self, tokenizer: Tokenizer, generator: Generator, *, temperature: float = 0.0, seed: int = 0) -> None:
@@ -41,9 +40,8 @@ class Predictor(Tokenizer):
 
     @torch.no_grad()
     def encode(self, x: Tensor, context: Tensor | None = None, *, pad: bool = False) -> Tensor:
-        """Indices ``[B, *S, K]`` for ``context [B, ...]``; of ``x`` only the number of rows counts."""
-        rng = generators(range(self.seed, self.seed + len(x)))
-        return self.generator.sample(context, rng=rng, temperature=self.temperature)
+        """Indices ``[B, *S, K]`` for ``context [B, ...]``; ``x`` has no part in them."""
+        return self.generator.sample(context, rng=self.seed, temperature=self.temperature)
 
     def predict(self, context: Tensor) -> Tensor:
         """Outputs ``[B, C, H, W]`` for pictures ``context [B, 3, H, W]``."""

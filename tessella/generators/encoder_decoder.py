@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +12,16 @@ from torch.nn import functional
 from tessella.conditioners.base import Conditioner
 from tessella.config import build
 from tessella.generators.base import Generator, Guidance, Loss
-from tessella.generators.sampling import check_guidance, check_settings, choose, guided, inference, uniforms
+from tessella.generators.sampling import (
+    Rng,
+    check_guidance,
+    check_settings,
+    choose,
+    guided_halves,
+    inference,
+    one_each,
+    uniforms,
+)
 from tessella.tokenizer import TokenSpace
 from tessella.transformer import KVCache, Linear, Transformer
 
@@ -103,7 +111,7 @@ class EncoderDecoder(Generator):
         self,
         condition: Tensor | None,
         *,
-        rng: Sequence[torch.Generator],
+        rng: Rng = None,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -114,6 +122,7 @@ class EncoderDecoder(Generator):
         scales = [guidance(n / self.num_steps) if callable(guidance) else guidance for n in range(self.num_steps)]
         for scale in scales:
             check_guidance(scale)
+        rng = one_each(rng, condition)
         context = self.conditioner(condition, len(rng))
         guides = condition is not None and any(scale != 1 for scale in scales)
         if guides:
@@ -125,9 +134,7 @@ class EncoderDecoder(Generator):
         for step, scale in enumerate(scales):
             both = torch.cat([tokens, tokens]) if guides else tokens
             logits = self._codes_alone(self._step(both, step, context, cache))
-            if guides:
-                own, null = logits.chunk(2)
-                logits = own if scale == 1 else guided(own, null, scale)
+            logits = guided_halves(logits, scale if guides else None)
             codes = choose(logits, uniform[:, step], temperature=temperature, top_k=top_k, top_p=top_p)
             drawn.append(codes)
             tokens = codes[:, None] + 1
