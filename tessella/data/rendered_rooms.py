@@ -147,7 +147,7 @@ def render(scene: Scene, textures: Array, size_px: int, rng: np.random.Generator
         to_lamp = scene.lamp - points
         far = np.linalg.norm(to_lamp, axis=1)
         lit = np.maximum((hit.normal[seen] * to_lamp).sum(1) / far, 0) / (1 + 0.05 * far**2)
-        paint = 0.7 * _look_up(textures[scene.textures[number]], hit.place[seen]) + 0.3 * scene.tints[number]
+        paint = 0.35 * _look_up(textures[scene.textures[number]], hit.place[seen]) + 0.65 * scene.tints[number]
         colour[seen] = paint * (0.3 + 0.9 * lit)[:, None]
     colour = np.clip(colour + rng.normal(0, scene.noise, colour.shape), 0, 1)
     return colour.reshape(size_px, size_px, 3), nearest.reshape(size_px, size_px)
