@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tessella.attention import KVCache, Linear
 from tessella.conditioners.base import Conditioner
 from tessella.config import build
 from tessella.generators.base import Generator, Guidance, Loss
@@ -23,7 +24,7 @@ from tessella.generators.sampling import (
     uniforms,
 )
 from tessella.tokenizer import TokenSpace
-from tessella.transformer import KVCache, Linear, Transformer
+from tessella.transformer import Transformer
 
 _START = 0
 

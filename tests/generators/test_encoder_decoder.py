@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tessella.config import ConfigError, build
+from tessella.config import build
+from tessella.errors import ConfigError
 from tessella.generators.encoder_decoder import EncoderDecoder
 from tessella.generators.sampling import generators
 from tessella.tokenizer import TokenSpace
