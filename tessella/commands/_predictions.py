@@ -1,4 +1,4 @@
-"""Dense prediction end to end: codes that a generator reads off the picture, in the place of the label's own."""
+"""Dense prediction end to end: codes that a generator reads off the context, in the place of the label's own."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Predictor(Tokenizer):
     Everything that measures or shows reconstructions therefore measures and shows predictions.
 
     Args:
-        tokenizer: whose decoder sees the picture.
+        tokenizer: whose decoder sees the context.
         generator: writes its codes.
         temperature: 0 takes the likeliest code, as published.
         seed: of the codes, with a temperature.
@@ -44,12 +44,12 @@ class Predictor(Tokenizer):
         return self.generator.sample(context, rng=self.seed, temperature=self.temperature)
 
     def predict(self, context: Tensor) -> Tensor:
-        """Outputs ``[B, C, H, W]`` for pictures ``context [B, 3, H, W]``."""
+        """Outputs ``[B, C, H, W]`` for ``context [B, ...]``."""
         return self.decode(self.encode(context, context), context)
 
 
 def predicts(model: Path) -> bool:
-    """Whether a generator's run or model is one of dense prediction: it reads a picture.
+    """Whether a generator's run or model is one of dense prediction: it reads a context.
 
     Raises:
         CheckpointError: there is none.
@@ -72,16 +72,16 @@ def load_predictor(
     """
     generator, tokenizer = load_generator(model, device=device)
     if not tokenizer.autoencoder.takes_context:
-        raise ConfigError(f"{model} generates signals from nothing: its tokenizer sees no picture; see tessella sample")
+        raise ConfigError(f"{model} generates signals from nothing: its tokenizer takes no context; see tessella sample")
     return Predictor(tokenizer.eval(), generator.eval(), temperature=temperature, seed=seed).eval(), tokenizer
 
 
 def dense(medium: Medium) -> DenseMedium:
-    """``medium``, which must be one of labels of pictures.
+    """``medium``, which must be one of dense labels.
 
     Raises:
         ConfigError: it is another.
     """
     if not isinstance(medium, DenseMedium):
-        raise ConfigError(f"medium {type(medium).__name__} has no labels of pictures")
+        raise ConfigError(f"medium {type(medium).__name__} has no dense labels")
     return medium

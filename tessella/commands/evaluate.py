@@ -70,7 +70,7 @@ def evaluate(
 ) -> Evaluation:  # fmt: skip
     """Measure a tokenizer's reconstructions, or a generator's samples, and write the records.
 
-    Of a generator that reads pictures (dense prediction), ``predictions.json``: the tokenizer's numbers with the
+    Of a generator that reads contexts (dense prediction), ``predictions.json``: the tokenizer's numbers with the
     likeliest codes in the place of the label's own; settings of sampling have no part in them. With a protocol also
     ``predictions-PROTOCOL.json``, against the originals.
     Of a tokenizer, ``evaluation.json`` and with a protocol ``distribution-PROTOCOL.json``. Of a generator,
@@ -147,7 +147,7 @@ def _predictions(
     model: Path, data: str | None, *, split: Split, limit: int | None, weights: Path | None,
     metrics: Mapping[str, Any], protocol: str | None, features: Path | None, out: Path, device: torch.device,
 ) -> Evaluation:  # fmt: skip
-    """Measure what a generator and its tokenizer's decoder predict from pictures alone."""
+    """Measure what a generator and its tokenizer's decoder predict from contexts alone."""
     predictor, tokenizer = load_predictor(model, device=device)
     section = data_of(tokenizer, data, split=split)
     medium, dataset = medium_of(tokenizer, section), open_data(section, split)

@@ -1,4 +1,4 @@
-"""Generators: next-token, masked, coarse-to-fine, over the digits of codes, and of what a picture says."""
+"""Generators: next-token, masked, coarse-to-fine, over the digits of codes, and across from a condition."""
 
 from __future__ import annotations
 
