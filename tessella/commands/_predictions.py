@@ -72,7 +72,7 @@ def load_predictor(
     """
     generator, tokenizer = load_generator(model, device=device)
     if not tokenizer.autoencoder.takes_context:
-        raise ConfigError(f"{model} generates signals from nothing: its tokenizer takes no context; see tessella sample")
+        raise ConfigError(f"{model} predicts nothing: its tokenizer takes no context; see tessella sample")
     return Predictor(tokenizer.eval(), generator.eval(), temperature=temperature, seed=seed).eval(), tokenizer
 
 

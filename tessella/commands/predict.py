@@ -66,9 +66,7 @@ def predict(
     for file, seen in zip(found, looked, strict=True):
         outputs = predictor.predict(seen.context[None].to(predictor.device))[0].cpu()
         label = medium.resized(outputs, seen.height, seen.width)
-        result = Prediction(
-            file, folder / f"{file.stem}{medium.suffix}", folder / f"{file.stem}.values{medium.suffix}"
-        )
+        result = Prediction(file, folder / f"{file.stem}{medium.suffix}", folder / f"{file.stem}.values{medium.suffix}")
         medium.write(label, result.values)
         medium.write_shown(label, result.shown)
         results.append(result)

@@ -96,7 +96,7 @@ class NYUDepth(DepthSamples):
         return Pair(Image.fromarray(np.ascontiguousarray(image)), depth, key)
 
     def sample(self, index: int, rng: np.random.Generator | None = None) -> Sample:
-        """As everywhere; without ``rng`` also ``depth_m [H, W]``, the depth at its own size, which is what is scored."""
+        """As everywhere; without ``rng`` also ``depth_m [H, W]``, the depth at its own size, which is scored."""
         sample = super().sample(index, rng)
         if rng is None:
             cast(dict[str, Tensor], sample)["depth_m"] = torch.from_numpy(self.read(index).label.astype(np.float32))

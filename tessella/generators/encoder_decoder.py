@@ -34,7 +34,8 @@ class EncoderDecoder(Generator):
 
     .. math:: L = -\frac{1}{N} \sum_n ln \, p(k_n + 1 | 0, k_{<n} + 1, c)
 
-    The condition's encoder is its conditioner: for dense prediction a ViT. Code k is token k + 1; token 0 starts the sequence. The loss is over all V + 1 tokens, as published; in sampling and in code lengths token 0 has no
+    The condition's encoder is its conditioner: for dense prediction a ViT. Code k is token k + 1; token 0 starts the
+    sequence. The loss is over all V + 1 tokens, as published; in sampling and in code lengths token 0 has no
     probability. Positions are learned, blocks are pre-norm with LayerNorm and tanh GELU, the head starts at zero.
 
     Args:
