@@ -17,7 +17,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tessella.checkpoint import write_text
 from tessella.commands._data import batches, data_for, describe, medium_of, open_data
 from tessella.commands._device import pick_device
 from tessella.data.base import Samples, Split
@@ -31,6 +30,7 @@ from tessella.media.image import Image
 from tessella.registry import Spec
 from tessella.reporting import Card, Gallery, Section, Table, Tile, write_page
 from tessella.reporting.pictures import to_pictures
+from tessella.storage import write_text
 from tessella.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
