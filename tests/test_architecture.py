@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import importlib
 from pathlib import Path
 
 import pytest
 
 import tessella
+from tessella import registry
 
 PACKAGE = Path(tessella.__file__).parent
 
@@ -65,3 +67,11 @@ def test_imports_point_down(file: Path) -> None:
 def test_every_module_is_documented() -> None:
     for file in modules():
         assert ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))), f"{file} has no docstring"
+
+
+@pytest.mark.parametrize("family", ["autoencoders", "conditioners", "generators", "quantizers"])
+def test_a_family_exports_its_classes(family: str) -> None:
+    module = importlib.import_module(f"tessella.{family}")
+    classes = {cls.__name__ for cls in registry.registered(family).values()}
+    assert classes <= set(module.__all__)
+    assert {getattr(module, name).__name__ for name in classes} == classes

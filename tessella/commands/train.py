@@ -103,6 +103,8 @@ class _Tokenizer:
     ) -> None:
         if tokenizer is not None:
             raise ConfigError("--tokenizer is for recipes of generators; this one trains a tokenizer")
+        if weights is not None and not weights.is_dir():
+            raise ConfigError(f"--weights {weights} is no folder")
         if weights is not None:
             raw["loss"] = {**raw.get("loss", {}), "weights": str(weights)}
         self.folder = folder

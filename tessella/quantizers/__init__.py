@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tessella.quantizers.base import Quantized, Quantizer
+from tessella.quantizers.bsq import BSQ
 from tessella.quantizers.ema import EMAVQ
 from tessella.quantizers.fsq import FSQ
 from tessella.quantizers.grouped import Grouped
@@ -15,6 +16,7 @@ from tessella.quantizers.simvq import SimVQ
 from tessella.quantizers.vq import VQ
 
 __all__ = [
+    "BSQ",
     "EMAVQ",
     "FSQ",
     "IBQ",

@@ -62,6 +62,8 @@ _CTF = {"num_clusters": 4, "coarse": {"name": "ar", **SMALL}, "fine": SMALL}
 _CTF_FIRST_LOSS = math.log(4) + math.log(11)
 _MASKGIT = {**SMALL, "hidden": 48, "num_steps": 3}
 
+_MASKED_BITS = {**SMALL, "num_rounds": 2, "head": {"dim": 16, "num_layers": 1, "num_heads": 2}}
+
 EXAMPLES = [
     Example("ar", {"conditioner": LABEL, **SMALL}),
     Example("ar", {"conditioner": NONE, **SMALL, "rotary": "sequence"}),
@@ -69,6 +71,9 @@ EXAMPLES = [
     Example("ar", {"conditioner": LABEL, **SMALL, "order": "flattened"}, STACK),
     Example("ar", {"conditioner": LABEL, **SMALL, "order": "delay"}, STACK),
     Example("ar", {"conditioner": NONE, **SMALL, "order": "delay"}, LINE),
+    Example("ar", {"conditioner": LABEL, **SMALL, "order": "parallel"}, STACK),
+    Example("masked_bits", {"conditioner": LABEL, **_MASKED_BITS}, STACK),
+    Example("masked_bits", {"conditioner": NONE, **_MASKED_BITS, "num_rounds": 5, "choice_temperature": 1.0}, LINE),
     Example("coarse_to_fine", {"conditioner": LABEL, **_CTF}, first_loss=_CTF_FIRST_LOSS),
     Example("coarse_to_fine", {"conditioner": LABEL, **_CTF}, STACK, first_loss=_CTF_FIRST_LOSS),
     Example(
@@ -81,6 +86,12 @@ EXAMPLES = [
     # Input and output share one table, which also holds the labels and MASK: near ln(number of rows), not exactly.
     Example("maskgit", {"conditioner": LABEL, **_MASKGIT}, first_loss=math.log(11 + NUM_CLASSES + 1), tolerance=0.2),
     Example("maskgit", {"conditioner": NONE, **_MASKGIT}, LINE, first_loss=math.log(2 * 11 + 1), tolerance=0.2),
+    Example(
+        "maskgit",
+        {"conditioner": LABEL, **_MASKGIT, "norm": "pre", "order": "even", "min_mask_ratio": 0.0},
+        first_loss=math.log(11 + NUM_CLASSES + 1),
+        tolerance=0.2,
+    ),
     # The loss is the mean over digits; that of the whole code, ln 12, is their sum.
     Example(
         "digits",
@@ -93,6 +104,14 @@ EXAMPLES = [
         {"conditioner": NONE, "bases": [2, 3, 3], "generator": {"name": "ar", **SMALL, "order": "delay"}},
         TokenSpace((5,), 2, 18, "f" * 16),
         first_loss=math.log(18) / 3,
+    ),
+    Example(
+        "digits",
+        {"conditioner": LABEL, "bases": [4, 3], "generator": {"name": "masked_bits", **_MASKED_BITS}},
+        TokenSpace((3, 4), 1, 12, "f" * 16),
+        first_loss=math.log(12) / 2,
+        # Either digit is as likely to be the hidden one, but not in a small batch.
+        tolerance=0.05,
     ),
     Example(
         "digits",

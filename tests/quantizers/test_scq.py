@@ -47,6 +47,13 @@ def objective(z: Tensor, codes: Tensor, p: Tensor, lambda_: float) -> Tensor:
     return (z - p @ codes).square().sum(-1) + lambda_ * (p - one_hot(z, codes)).square().sum(-1)
 
 
+def test_the_docstring_claims_no_more_than_is_known() -> None:
+    told = " ".join((SCQ.__doc__ or "").split())
+    assert "as published" not in told
+    assert "our reading of the paper's scalable algorithm" in told
+    assert "how it projects and its code are not public" in told
+
+
 class TestByHand:
     """Codes 0 and 1 on a line, z between them and closer to 0: p_1 = z / (1 + 2 lambda)."""
 
