@@ -50,13 +50,26 @@ class Configurable:
         return self
 
 
-def spec_of(item: Configurable, *, leave_out: frozenset[str] = frozenset()) -> Spec:
-    """The section that builds ``item`` again: constructor arguments, and its file's name if it is of a family."""
+def spec_of(item: Configurable, *, leave_out: frozenset[str] = frozenset(), known: Spec | None = None) -> Spec:
+    """The section that builds ``item`` again: constructor arguments, and its file's name if it is of a family.
+
+    Args:
+        item: what to describe.
+        leave_out: arguments that the program supplies.
+        known: a section that described it before. An argument that this does not know, since its version had none, is
+            left out as long as it has its default, so that what did not change is described as it was.
+    """
     name = name_of(type(item))
     spec: Spec = {} if name is None else {"name": name}
+    known = known if known and known.get("name") == name else None
+    parameters = inspect.signature(type(item).__init__).parameters
     for key, value in item.arguments.items():
-        if key not in leave_out and value is not None:
-            spec[key] = spec_of(value) if isinstance(value, Configurable) else _plain(value)
+        if key in leave_out or value is None:
+            continue
+        if isinstance(value, Configurable):
+            spec[key] = spec_of(value, known=(known or {}).get(key))
+        elif known is None or key in known or _plain(value) != _plain(parameters[key].default):
+            spec[key] = _plain(value)
     return spec
 
 

@@ -16,7 +16,7 @@ PACKAGE = Path(tessella.__file__).parent
 # Every module or folder may import those of lower rank, and its own folder.
 RANKS = {
     "errors": 0, "processes": 0, "text": 0,
-    "registry": 1, "extras": 1, "distributed": 1,
+    "storage": 1, "registry": 1, "extras": 1, "distributed": 1,
     "config": 2, "recipe": 2,
     "ops": 3, "transformer": 3,
     "quantizers": 4, "autoencoders": 4, "conditioners": 4,

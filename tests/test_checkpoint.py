@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,6 @@ from safetensors.torch import load_file, save_file
 import tessella
 from tessella.checkpoint import (
     CheckpointError,
-    atomic_folder,
     fingerprint,
     latest_checkpoint,
     load_state,
@@ -34,7 +34,11 @@ def test_what_is_saved_loads_as_the_same_tokenizer(tmp_path: Path, quantizer: te
     assert torch.equal(again.encode(x), indices)
     assert torch.equal(again.decode(indices), tokenizer(x).x_hat)
     assert fingerprint(again) == fingerprint(tokenizer)
-    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["model.safetensors", "recipe.toml"]
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
+        "checksums.json",
+        "model.safetensors",
+        "recipe.toml",
+    ]
 
 
 def test_saving_again_replaces(tmp_path: Path) -> None:
@@ -60,31 +64,46 @@ def test_fingerprint_follows_weights_and_settings() -> None:
 def test_damage_is_named(tmp_path: Path) -> None:
     tiny_tokenizer().save(tmp_path / "model")
     weights, recipe = tmp_path / "model" / "model.safetensors", tmp_path / "model" / "recipe.toml"
-    whole = weights.read_bytes()
+    whole, text = weights.read_bytes(), recipe.read_text()
     weights.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
         tessella.load(tmp_path / "model")
     weights.write_bytes(whole)
-    state = load_file(weights)
-    save_file(state, weights, {"tessella": '{"version": 99}'})
-    with pytest.raises(CheckpointError, match="format version 99; this program reads version 1"):
-        tessella.load(tmp_path / "model")
-    state["intruder"] = state.pop("to_code.bias")
-    save_file(state, weights, {"tessella": '{"version": 1}'})
-    with pytest.raises(CheckpointError, match=r"(?s)does not fit.*to_code\.bias.*intruder"):
-        tessella.load(tmp_path / "model")
-    weights.write_bytes(whole)
-    recipe.write_text(recipe.read_text().replace("fsq", "fsk"))
-    with pytest.raises(CheckpointError, match=r"recipe\.toml: unknown quantizer 'fsk'"):
-        tessella.load(tmp_path / "model")
-    recipe.write_text("][")
+    recipe.write_text(text.replace("conv", "vit"))
     with pytest.raises(CheckpointError, match=r"recipe\.toml is damaged"):
+        tessella.load(tmp_path / "model")
+    recipe.write_text(text)
+    (tmp_path / "model" / "checksums.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"checksums\.json is damaged"):
         tessella.load(tmp_path / "model")
     recipe.unlink()
     with pytest.raises(CheckpointError, match="no recipe beside the weights"):
         tessella.load(tmp_path / "model")
     with pytest.raises(CheckpointError, match="no model in"):
         tessella.load(tmp_path / "nothing")
+
+
+def test_what_cannot_be_used_is_named(tmp_path: Path) -> None:
+    tiny_tokenizer().save(tmp_path / "model")
+    weights, recipe = tmp_path / "model" / "model.safetensors", tmp_path / "model" / "recipe.toml"
+    whole = weights.read_bytes()
+    (tmp_path / "model" / "checksums.json").unlink()
+    state = load_file(weights)
+    save_file(state, weights, {"tessella": '{"version": 99}'})
+    with pytest.raises(CheckpointError, match="format version 99; this program reads versions up to 2"):
+        tessella.load(tmp_path / "model")
+    state["intruder"] = state.pop("to_code.bias")
+    save_file(state, weights, {"tessella": '{"version": 1}'})
+    with pytest.raises(CheckpointError, match=r"(?s)does not fit.*to_code\.bias.*intruder"):
+        tessella.load(tmp_path / "model")
+    weights.write_bytes(whole)
+    sections = recipe.read_text().partition("\n")[2]
+    recipe.write_text(sections.replace("fsq", "fsk"))
+    with pytest.raises(CheckpointError, match=r"recipe\.toml: unknown quantizer 'fsk'"):
+        tessella.load(tmp_path / "model")
+    recipe.write_text("][")
+    with pytest.raises(CheckpointError, match=r"recipe\.toml is damaged"):
+        tessella.load(tmp_path / "model")
 
 
 class _Payload:
@@ -96,6 +115,7 @@ def test_nothing_read_can_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     folder = save_checkpoint(tmp_path, 1, tiny_tokenizer(), {"position": 1}, keep=1)
     assert load_state(folder) == {"position": 1}
+    (folder / "checksums.json").unlink()
     (folder / "state.pt").write_bytes(pickle.dumps(_Payload(), protocol=2))
     with pytest.raises(CheckpointError, match="damaged"):
         load_state(folder)
@@ -117,28 +137,13 @@ def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path / "nowhere") is None
 
 
-def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
-    target = tmp_path / "model"
-    with atomic_folder(target) as folder:
-        (folder / "file").write_text("old")
-
-    def fail() -> None:
-        with atomic_folder(target) as folder:
-            (folder / "file").write_text("half of the n")
-            raise OSError(28, "No space left on device")
-
-    with pytest.raises(CheckpointError, match="No space left on device; what was there before is untouched"):
-        fail()
-    assert (target / "file").read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
 FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from conftest import tiny_tokenizer
-from tessella.checkpoint import CheckpointError, save_checkpoint
+from tessella.checkpoint import save_checkpoint
+from tessella.storage import StorageError
 run = Path({run!r})
 big = {{"position": 2, "optimizers": [0.5] * 100_000}}
 save_checkpoint(run, 1, tiny_tokenizer(), big, keep=1)
@@ -146,7 +151,7 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then writing past the limit fai
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
 try:
     save_checkpoint(run, 2, tiny_tokenizer(), big, keep=1)
-except CheckpointError as error:
+except StorageError as error:
     print(error)
     sys.exit(7)
 """
@@ -159,7 +164,7 @@ def test_a_full_disk_spares_the_previous_checkpoint(tmp_path: Path, limit: int) 
         [sys.executable, "-c", script], capture_output=True, text=True, env=single_threaded(), check=False
     )
     assert done.returncode == 7, done.stderr
-    assert "could not write" in done.stdout
+    assert re.search(r"could not write .*checkpoints/step-00000002/\S+: File too large", done.stdout)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
     folder = latest_checkpoint(tmp_path)
     assert folder is not None

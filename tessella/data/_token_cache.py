@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import shutil
-import socket
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,9 +23,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tessella.data._errors import DataError
-from tessella.data._token_manifest import MANIFEST, Manifest, check_sealed, hash_of, sealed
+from tessella.data._token_manifest import MANIFEST, Manifest, hash_of
 from tessella.data._token_rows import TokenRow, index_dtype
 from tessella.data.tokens import read_tokens
+from tessella.storage import StorageError, read_sealed, write_sealed
+from tessella.storage.writing import HOST, is_alive
 from tessella.tokenizer import TokenSpace
 
 logger = logging.getLogger("tessella")
@@ -83,28 +84,24 @@ def _name_of(folder: Path, manifest: Manifest) -> str:
 def _flaw_of(place: Path) -> str | None:
     """What is wrong with the arrays in ``place``, if anything."""
     try:
-        text = (place / _CHECKSUMS).read_bytes().decode("utf-8")
-        content = json.loads(text)
-        check_sealed(text, content)
-        for name in _FILES:
-            if hash_of(place / name) != content["files"][name]:
-                return f"the checksum of {name} does not fit"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{_CHECKSUMS}: {error}"
-    return None
+        hashes = read_sealed(place / _CHECKSUMS)["files"]
+        damaged = [name for name in _FILES if hash_of(place / name) != hashes[name]]
+    except (StorageError, DataError, KeyError, TypeError) as error:
+        return str(error)
+    return f"the checksum of {damaged[0]} does not fit" if damaged else None
 
 
 def _build(folder: Path, space: TokenSpace, place: Path) -> None:
     """Make the arrays in a folder of this process's own, and give them their place unless another one was faster."""
     # A folder per attempt, not per process: threads of one process may open at once.
-    own = place.parent / f"{_BUILDING}{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    own = place.parent / f"{_BUILDING}{HOST}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     try:
         with _named(folder):
             place.parent.mkdir(exist_ok=True)
             own.mkdir()
             _write_arrays(folder, space, own)
             hashes = {name: hash_of(own / name) for name in _FILES}
-            (own / _CHECKSUMS).write_text(sealed({"files": hashes}), encoding="utf-8")
+            write_sealed(own / _CHECKSUMS, {"files": hashes})
             for file in own.iterdir():
                 with file.open("rb") as opened:
                     os.fsync(opened.fileno())
@@ -130,7 +127,7 @@ def _named(folder: Path) -> Iterator[None]:
 
 def _discard(place: Path) -> None:
     """Take ``place`` away in one step; another process may have done so already."""
-    away = place.with_name(f"{_BUILDING}{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    away = place.with_name(f"{_BUILDING}{HOST}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
     try:
         place.rename(away)
     except FileNotFoundError:
@@ -145,19 +142,9 @@ def _remove_leftovers(place: Path) -> None:
             continue
         if other.name.startswith(_BUILDING):
             host, pid, _ = other.name.removeprefix(_BUILDING).rsplit("-", 2)
-            if host != socket.gethostname() or _lives(int(pid)):
+            if host != HOST or is_alive(int(pid)):
                 continue
         shutil.rmtree(other, ignore_errors=True)
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _write_arrays(folder: Path, space: TokenSpace, target: Path) -> None:

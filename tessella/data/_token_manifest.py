@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tessella.checkpoint import write_text
 from tessella.data._errors import DataError
 from tessella.registry import Spec
+from tessella.storage import StorageError, read_sealed, seal, write_sealed
 from tessella.tokenizer import TokenSpace
 
 logger = logging.getLogger("tessella")
@@ -125,10 +125,10 @@ class Manifest:
     skipped: tuple[tuple[str, str], ...] = ()
     version: int = VERSION
 
-    def to_text(self) -> str:
-        """The file's content: JSON of one form only, so that no changed byte reads as the same."""
+    def to_json(self) -> Spec:
+        """The file's content, without its checksum."""
         assert self.space is not None
-        content = {
+        return {
             "format": FORMAT,
             "version": VERSION,
             "tokenizer": self.space.fingerprint,
@@ -143,15 +143,18 @@ class Manifest:
             "shards": [shard.to_json() for shard in self.shards],
             "skipped": [list(pair) for pair in self.skipped],
         }
-        return sealed(content)
 
     def write(self, folder: Path) -> None:
-        """As ``folder/tokens.json``, complete or not at all."""
-        write_text(folder / MANIFEST, self.to_text())
+        """As ``folder/tokens.json``, complete or not at all.
+
+        Raises:
+            StorageError: it could not be written.
+        """
+        write_sealed(folder / MANIFEST, self.to_json())
 
     def content_hash(self) -> str:
         """Names what is in the shards: a cache made from them belongs to it, and to nothing else."""
-        return hashlib.sha256(self.to_text().encode()).hexdigest()
+        return str(seal(self.to_json())["checksum"])
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -175,20 +178,18 @@ def parse_manifest(folder: Path) -> Manifest:
     if not file.is_file():
         raise DataError(f"{folder} has no {MANIFEST}: it holds no tokens, or the run that wrote them was interrupted")
     try:
-        text = file.read_bytes().decode("utf-8")
-        content = json.loads(text)
+        content = json.loads(file.read_bytes().decode("utf-8"))
         if content["format"] != FORMAT or content["version"] not in (_WITHOUT_CHECKSUMS, VERSION):
             raise DataError(
                 f"{file} is of format {content['format']!r}, version {content['version']!r}; read are {FORMAT!r}, "
                 f"versions {_WITHOUT_CHECKSUMS} and {VERSION}"
             )
         if content["version"] == _WITHOUT_CHECKSUMS:
-            manifest = _first_version(file, content)
-        else:
-            check_sealed(text, content)
-            manifest = _present_version(content)
-        return manifest
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError, IndexError) as error:
+            return _first_version(file, content)
+        return _present_version(read_sealed(file))
+    except StorageError as error:
+        raise DataError(str(error)) from error
+    except (OSError, KeyError, TypeError, ValueError, IndexError, RecursionError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{file} is damaged: {error!r}") from error
@@ -218,29 +219,6 @@ def _checked_name(name: Any) -> str:
     if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name):
         raise ValueError(f"{name!r} is no name of a shard")
     return name
-
-
-# --- checksums ------------------------------------------------------------------------------------------------------
-
-
-def sealed(content: Spec) -> str:
-    """``content`` as JSON that carries the checksum of everything else in it; :func:`check_sealed` looks."""
-    return _dump({**content, "checksum": _digest(content)})
-
-
-def check_sealed(text: str, content: Spec) -> None:
-    """Raise ValueError unless ``text``, read as ``content``, is to the byte what :func:`sealed` gave."""
-    rest = {key: value for key, value in content.items() if key != "checksum"}
-    if content["checksum"] != _digest(rest) or text != _dump(content):
-        raise ValueError("its checksum does not fit")
-
-
-def _dump(content: Spec) -> str:
-    return json.dumps(content, indent=1) + "\n"
-
-
-def _digest(content: Spec) -> str:
-    return hashlib.sha256(_dump(content).encode()).hexdigest()
 
 
 def hash_of(file: Path) -> str:

@@ -9,7 +9,6 @@ checksum. A folder without manifest is unfinished. Shards are hashed when they a
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +16,6 @@ from typing import Self
 
 from torch import Tensor
 
-from tessella.checkpoint import write_text
 from tessella.data._errors import DataError
 from tessella.data._token_manifest import MANIFEST as MANIFEST
 from tessella.data._token_manifest import Manifest as Manifest
@@ -27,6 +25,7 @@ from tessella.data._token_rows import Rows, read_header, read_rows
 from tessella.data._token_rows import TokenRow as TokenRow
 from tessella.data._token_rows import index_dtype as index_dtype
 from tessella.registry import Spec
+from tessella.storage import lock_folder, read_sealed, write_sealed
 from tessella.tokenizer import TokenSpace
 
 _UNFINISHED = ".unfinished"
@@ -46,8 +45,7 @@ class TokenWriter:
     columns' version, the tokenizer's fingerprint, V and K.
 
     A context manager. Shards grow in a hidden sub-folder and take their final names when the block ends without an
-    exception; until then earlier shards in the folder stay as they were, afterwards they are gone. One writer at a
-    time.
+    exception; until then earlier shards in the folder stay as they were, afterwards they are gone.
 
     Args:
         folder: made where missing.
@@ -60,6 +58,7 @@ class TokenWriter:
         ImportError: pyarrow is not installed.
         ValueError: ``folder`` is a file, or ``shard_rows`` below 1.
         DataError: ``folder`` holds ``tokens-*.parquet`` that its manifest does not name.
+        StorageError: another process writes into it, when the block begins.
     """
 
     def __init__(
@@ -76,6 +75,7 @@ class TokenWriter:
         self.class_names = tuple(class_names)
         self.medium = medium or {"name": "image"}
         self._rows = Rows(self.space)
+        self._lock = lock_folder(self.folder, what="writing tokens")
         self._shards: list[Shard] = []
         refuse_foreign(self.folder, _own_shards(self.folder))
 
@@ -98,7 +98,8 @@ class TokenWriter:
             self._flush()
 
     def __enter__(self) -> Self:
-        """Clear what an interrupted writer left behind."""
+        """Be the folder's one writer, and clear what an interrupted one left behind."""
+        self._lock.__enter__()
         self._unfinished.mkdir(parents=True, exist_ok=True)
         self._clear()
         return self
@@ -115,6 +116,7 @@ class TokenWriter:
             self._clear()
             if not (self._unfinished / _OWN).exists():
                 self._unfinished.rmdir()
+            self._lock.__exit__(kind, error, traceback)
 
     @property
     def _unfinished(self) -> Path:
@@ -136,7 +138,8 @@ class TokenWriter:
         # From here to the last line the folder has no manifest: interrupted in between, it is known to be incomplete,
         # and the list says which of its files the next writer may replace.
         old = _own_shards(self.folder)
-        write_text(self._unfinished / _OWN, json.dumps(sorted(old | {shard.name for shard in self._shards})))
+        own = sorted(old | {shard.name for shard in self._shards})
+        write_sealed(self._unfinished / _OWN, {"shards": own})
         (self.folder / MANIFEST).unlink(missing_ok=True)
         for name in old:
             (self.folder / name).unlink(missing_ok=True)
@@ -160,7 +163,7 @@ def _own_shards(folder: Path) -> set[str]:
     if (folder / MANIFEST).is_file():
         own |= {shard.name for shard in parse_manifest(folder).shards}
     if (folder / _UNFINISHED / _OWN).is_file():
-        own |= set(json.loads((folder / _UNFINISHED / _OWN).read_text(encoding="utf-8")))
+        own |= set(read_sealed(folder / _UNFINISHED / _OWN)["shards"])
     return own
 
 

@@ -17,13 +17,12 @@ from tessella.data._token_manifest import (
     MANIFEST,
     Manifest,
     Shard,
-    check_sealed,
     foreign_shards,
     parse_manifest,
-    sealed,
     shard_name,
 )
 from tessella.registry import Spec
+from tessella.storage import StorageError, read_sealed, write_sealed
 from tessella.tokenizer import TokenSpace
 from tessella.tokenization.source import Source
 
@@ -99,8 +98,8 @@ class Plan:
 
     def to_json(self) -> Spec:
         """As the plan's file keeps it: the manifest without its shards."""
-        content: Spec = json.loads(self.manifest([]).to_text())
-        return {key: value for key, value in content.items() if key not in ("rows", "shards", "skipped", "checksum")}
+        content: Spec = json.loads(json.dumps(self.manifest([]).to_json()))
+        return {key: value for key, value in content.items() if key not in ("rows", "shards", "skipped")}
 
 
 @dataclass(frozen=True)
@@ -156,7 +155,7 @@ class Output:
             for leftover in self._work.glob("*.tmp"):
                 leftover.unlink()
             if not self._has_plan():
-                self._write(self._work / _PLAN, sealed(self.plan.to_json()).encode())
+                write_sealed(self._work / _PLAN, self.plan.to_json())
         return records
 
     def _is_published(self) -> bool:
@@ -168,7 +167,7 @@ class Output:
     def _published(self) -> list[Record]:
         """The shards of a finished folder that are as its manifest says."""
         manifest = parse_manifest(self.folder)
-        found = {} if manifest.space is None else json.loads(manifest.to_text())
+        found = {} if manifest.space is None else json.loads(json.dumps(manifest.to_json()))
         self._compare(found, MANIFEST)
         skipped = iter(manifest.skipped)
         records = []
@@ -183,7 +182,7 @@ class Output:
         if not self._has_plan():
             return []
         file = self._work / _PLAN
-        self._compare(_read_sealed(file), f"{_WORK}/{_PLAN}")
+        self._compare(read_sealed(file), f"{_WORK}/{_PLAN}")
         records = (self.record(number) for number in range(len(self.plan)))
         return [record for record in records if record is not None and self._is_whole(record.shard)]
 
@@ -211,10 +210,10 @@ class Output:
         if not file.is_file():
             return None
         try:
-            content = _read_sealed(file)
+            content = read_sealed(file)
             skipped = tuple((key, reason) for key, reason in content["skipped"])
             return Record(number, Shard.from_json(content["shard"]), skipped)
-        except (DataError, KeyError, TypeError, ValueError):
+        except (StorageError, KeyError, TypeError, ValueError):
             return None
 
     def save(self, number: int, data: bytes, num_rows: int, skipped: list[tuple[str, str]]) -> Record:
@@ -236,7 +235,7 @@ class Output:
         """Write the manifest over all shards, in their order, and clear the sub-folder away."""
         manifest = self.plan.manifest(sorted(records, key=lambda record: record.number))
         with self.named():
-            self._write(self.folder / MANIFEST, manifest.to_text().encode())
+            manifest.write(self.folder)
             shutil.rmtree(self._work)
         return manifest
 
@@ -249,7 +248,7 @@ class Output:
 
     def _write_record(self, record: Record) -> None:
         content = {"shard": record.shard.to_json(), "skipped": [list(pair) for pair in record.skipped]}
-        self._write(self._record_file(record.number), sealed(content).encode())
+        write_sealed(self._record_file(record.number), content)
 
     def _record_file(self, number: int) -> Path:
         return self._work / f"{number:05d}.json"
@@ -276,16 +275,6 @@ class Output:
             raise DataError(
                 f"cannot write into {self.folder}: {reason}; finished shards stay, and the same command goes on from them"
             ) from error
-
-
-def _read_sealed(file: Path) -> Spec:
-    try:
-        text = file.read_bytes().decode("utf-8")
-        content: Spec = json.loads(text)
-        check_sealed(text, content)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file} is damaged: {error}; remove it to start anew") from error
-    return content
 
 
 def _short(value: Any) -> str:
