@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, cast
@@ -15,8 +15,7 @@ import torch
 from tessella.checkpoint import load
 from tessella.config import build
 from tessella.data.base import DataError, Samples, list_skipped
-from tessella.errors import ConfigError
-from tessella.media.base import Medium
+from tessella.errors import ConfigError, TessellaError
 from tessella.registry import Spec, find
 from tessella.storage import lock_folder
 from tessella.text import printable
@@ -25,7 +24,7 @@ from tessella.tokenization.on_ray import OnRay
 from tessella.tokenization.plan import Output, Plan, Record
 from tessella.tokenization.progress import shown
 from tessella.tokenization.ranks import Ranks
-from tessella.tokenization.source import AnySplit, Source, open_source
+from tessella.tokenization.source import AnySplit, open_source
 from tessella.tokenization.unit import Job
 from tessella.tokenizer import Tokenizer
 
@@ -108,7 +107,9 @@ def tokenize_dataset(
     source = open_source(data, split, variants=variants, whole=whole)
     medium = _medium(tokenizer, data)
     plan = Plan.of(source, tokenizer.token_space(), medium, limit=limit, shard_rows=shard_rows)
-    job = Job(Path(tokenizer_path), chosen, source, plan, Path(out), batch_size, 1 if workers or engine == "ray" else None)
+    job = Job(
+        Path(tokenizer_path), chosen, source, plan, Path(out), batch_size, 1 if workers or engine == "ray" else None
+    )
     executor = _executor(engine, workers, tokenizer)
     with Ranks() as ranks:
         made, records = _make(job, executor, ranks, max_skip_share, build("media", medium).unit)
@@ -133,19 +134,18 @@ def _make(
     """What was made just now, and all there is; the folder is whole afterwards."""
     output = Output(job.folder, job.plan)
     with _claimed(output, ranks) as there:
-        missing = [number for number in range(len(job.plan)) if number not in {record.number for record in there}]
-        done = sum(len(job.plan.inputs(record.number)) for record in there)
+        known = {record.number for record in there}
+        missing = [number for number in range(len(job.plan)) if number not in known]
+        done = sum(len(job.plan.inputs(number)) for number in known)
         mine: list[Record] = []
         bar = shown(done, job.plan.num_inputs, unit) if ranks.first else nullcontext(_ignore)
         with bar as advance:
-            for record in executor.run(job, ranks.share(missing), advance):
+            for record in executor.run(job, ranks.share(missing), advance) if missing else ():
                 mine.append(record)
                 _judge([*there, *mine], job.plan, max_skip_share, least=_LEAST_TO_JUDGE)
         made = [record for part in ranks.gather(mine) for record in part]
-        records = sorted([*there, *made], key=lambda record: record.number)
+        records = [*there, *made]
         _judge(records, job.plan, max_skip_share, least=0)
-        if not records or sum(record.shard.num_rows or 0 for record in records) == 0:
-            raise DataError(f"{job.folder}: there was nothing to tokenize")
         if ranks.first:
             output.finish(records)
         ranks.gather(None)  # nobody leaves before the folder is whole
@@ -155,21 +155,18 @@ def _make(
 @contextmanager
 def _claimed(output: Output, ranks: Ranks) -> Iterator[list[Record]]:
     """The folder for ourselves while the block runs, and what of the plan is there; the first rank does it for all."""
-    if not ranks.first:
-        answer: list[Record] | DataError = ranks.broadcast(None)
-        if isinstance(answer, DataError):
+    with ExitStack() as stack:
+        answer: list[Record] | TessellaError = []
+        if ranks.first:
+            try:
+                stack.enter_context(lock_folder(output.folder, what="tokenization"))
+                answer = output.claim()
+            except TessellaError as error:
+                answer = error
+        answer = ranks.broadcast(answer)
+        if isinstance(answer, TessellaError):
             raise answer
         yield answer
-        return
-    try:
-        with output.named():
-            output.folder.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(output.folder)
-        lock.__enter__()
-    except DataError as error:
-        ranks.broadcast(error)
-        raise
-    ...
 
 
 def _judge(records: list[Record], plan: Plan, max_skip_share: float, *, least: int) -> None:

@@ -23,8 +23,8 @@ from tessella.data._token_manifest import (
 )
 from tessella.registry import Spec
 from tessella.storage import StorageError, read_sealed, write_sealed
-from tessella.tokenizer import TokenSpace
 from tessella.tokenization.source import Source
+from tessella.tokenizer import TokenSpace
 
 _WORK = ".unfinished"
 _PLAN = "plan.json"
@@ -143,9 +143,10 @@ class Output:
         """
         if self.folder.exists() and not self.folder.is_dir():
             raise DataError(f"{self.folder} is a file; the shards need a folder")
-        records = self._published() if (self.folder / MANIFEST).is_file() else self._recorded()
+        published = (self.folder / MANIFEST).is_file()
+        records = self._published() if published else self._recorded()
         own = {shard_name(number) for number in range(len(self.plan))}
-        if foreign := foreign_shards(self.folder, own if self._has_plan() or self._is_published() else set()):
+        if foreign := foreign_shards(self.folder, own if published or self._has_plan() else set()):
             raise DataError(
                 f"{self.folder} holds {foreign[0]}, which no {MANIFEST} or plan there names: choose another folder, or "
                 "move it"
@@ -156,10 +157,9 @@ class Output:
                 leftover.unlink()
             if not self._has_plan():
                 write_sealed(self._work / _PLAN, self.plan.to_json())
+            if published and len(records) < len(self.plan):
+                self._reopen(records)
         return records
-
-    def _is_published(self) -> bool:
-        return (self.folder / MANIFEST).is_file()
 
     def _has_plan(self) -> bool:
         return (self._work / _PLAN).is_file()
@@ -183,7 +183,7 @@ class Output:
             return []
         file = self._work / _PLAN
         self._compare(read_sealed(file), f"{_WORK}/{_PLAN}")
-        records = (self.record(number) for number in range(len(self.plan)))
+        records = (self._record(number) for number in range(len(self.plan)))
         return [record for record in records if record is not None and self._is_whole(record.shard)]
 
     def _compare(self, found: Spec, name: str) -> None:
@@ -204,7 +204,7 @@ class Output:
             return False
         return True
 
-    def record(self, number: int) -> Record | None:
+    def _record(self, number: int) -> Record | None:
         """What is known of a finished shard; None where it is not finished, or its record is damaged."""
         file = self._record_file(number)
         if not file.is_file():
@@ -239,12 +239,11 @@ class Output:
             shutil.rmtree(self._work)
         return manifest
 
-    def reopen(self, records: list[Record]) -> None:
+    def _reopen(self, records: list[Record]) -> None:
         """Make a finished folder an unfinished one again, since some of its shards are missing or damaged."""
-        with self.named():
-            for record in records:
-                self._write_record(record)
-            (self.folder / MANIFEST).unlink(missing_ok=True)
+        for record in records:
+            self._write_record(record)
+        (self.folder / MANIFEST).unlink()
 
     def _write_record(self, record: Record) -> None:
         content = {"shard": record.shard.to_json(), "skipped": [list(pair) for pair in record.skipped]}
@@ -273,7 +272,8 @@ class Output:
         except OSError as error:
             reason = (error.strerror or str(error)).lower()
             raise DataError(
-                f"cannot write into {self.folder}: {reason}; finished shards stay, and the same command goes on from them"
+                f"cannot write into {self.folder}: {reason}; finished shards stay, and the same command goes on from "
+                "them"
             ) from error
 
 

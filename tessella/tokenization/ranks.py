@@ -52,12 +52,12 @@ class Ranks:
         """This rank's part."""
         return list(numbers[self.rank :: self.size])
 
-    def broadcast(self, value: T | None) -> T:
+    def broadcast(self, value: T) -> T:
         """The first rank's value, on every rank."""
         values = [value]
         if self.size > 1:
             dist.broadcast_object_list(values, src=0, group=self._group)
-        return values[0]  # type: ignore[return-value]
+        return values[0]
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, on every rank."""

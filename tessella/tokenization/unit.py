@@ -1,4 +1,4 @@
-"""The unit of work: a range of inputs becomes one shard. What does it can be anywhere and be asked any number of times."""
+"""The unit of work: a range of inputs becomes one shard, wherever that is done and however often."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class _Read:
 class _Row(NamedTuple):
     """A row of tokens, and the input it is of."""
 
-    index: int
+    number: int
     key: str
     label: int
     indices: Tensor
@@ -182,7 +182,7 @@ class _Shard:
         began = time.perf_counter()
         rows = Rows(self._space)
         for row in self._rows:
-            if row.index not in self._refused:
+            if row.number not in self._refused:
                 rows.add(row.key, row.label, row.indices, row.extent)
         skipped = [_plain(*self._refused[index]) for index in sorted(self._refused)]
         record = output.save(number, rows.to_bytes(), len(rows), skipped)
