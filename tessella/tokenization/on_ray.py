@@ -55,9 +55,9 @@ class OnRay(Executor):
     def _run(self, ray: Any, job: Job, numbers: Sequence[int], advance: Callable[[int], None]) -> Iterator[Record]:
         kind = "GPU" if job.device.startswith("cuda") else "CPU"
         count = min(self.workers or int(ray.cluster_resources().get(kind, 1)), len(numbers))
-        shared, waiting = ray.put(job), deque(numbers)
+        waiting = deque(numbers)
         actor = ray.remote(num_cpus=1, num_gpus=int(kind == "GPU"), max_restarts=_RESTARTS, max_task_retries=_RESTARTS)
-        workers = [actor(_Actor).remote(shared) for _ in range(count)]
+        workers = [actor(_Actor).remote(job) for _ in range(count)]
         running = {worker.make.remote(waiting.popleft()): worker for worker in workers}
         while running:
             (finished, *_), _ = ray.wait(list(running), num_returns=1)
