@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from tessella.data._errors import UnreadableImage
+from tessella.data._timing import timed
 
 # More pixels than this are refused from the header alone, before memory is spent on them. It is Pillow's own limit,
 # stated here because an application may have changed that one.
@@ -42,6 +43,7 @@ def picture_extensions() -> frozenset[str]:
     return frozenset(extension for extension, name in Image.registered_extensions().items() if name in formats)
 
 
+@timed("decode")
 def decode_rgb(source: bytes | str | os.PathLike[str], key: str) -> Image.Image:
     """The picture in ``source`` (encoded bytes, or a file's path) as 8-bit RGB.
 
