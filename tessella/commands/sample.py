@@ -18,7 +18,7 @@ from tessella.commands._progress import drawing
 from tessella.errors import ConfigError
 from tessella.generators.drawing import SampleSettings, check_options, chunks, classes_of, draw_batches, labels_of
 from tessella.recipe import differences
-from tessella.storage import lock_folder, write_text
+from tessella.storage import holds_nothing, lock_folder, write_text
 
 SETTINGS = "samples.json"
 OVERVIEW = "grid"
