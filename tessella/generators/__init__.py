@@ -1,4 +1,4 @@
-"""Generators: next-token, masked, coarse-to-fine, and over the digits of codes."""
+"""Generators: next-token, masked, coarse-to-fine, over the digits of codes, and across from a condition."""
 
 from __future__ import annotations
 

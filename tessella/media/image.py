@@ -7,14 +7,15 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tessella.data._pixels import BitDepth
 from tessella.data.base import to_tensor
-from tessella.data.decode import decode_rgb
+from tessella.data.decode import decode
 from tessella.errors import ConfigError
 from tessella.evaluation.base import Metrics
 from tessella.evaluation.codecs import available_codecs, coded
@@ -33,8 +34,6 @@ EFFLITE0_WEIGHTS = "efficientnet_lite0.fp16.safetensors"
 ERROR_GAIN = 5.0
 
 _IBQ_METRICS = {"pixels": "truncated", "lpips_pixels": "float", "window": "uniform"}
-
-BitDepth = Literal[8, 16]
 
 
 class Image(Medium):
@@ -65,7 +64,7 @@ class Image(Medium):
 
     def read(self, path: Path) -> Tensor:
         """A picture file in any format that data sets read."""
-        return to_tensor(decode_rgb(path, str(path)))
+        return to_tensor(decode(path, str(path), channels=self.channels, bit_depth=self.bit_depth))
 
     def write(self, x: Tensor, path: Path) -> None:
         """Clamped to [-1, 1] and rounded to the bit depth."""
