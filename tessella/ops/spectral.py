@@ -30,7 +30,7 @@ def stft(x: Tensor, n_fft: int, hop: int, window: Tensor | None = None, *, centr
     spectra = torch.stft(
         flat, n_fft, hop, window=window.to(flat.dtype), center=centre, pad_mode="reflect", return_complex=True
     )
-    return spectra.unflatten(0, x.shape[:-1])
+    return spectra.reshape(*x.shape[:-1], *spectra.shape[1:])
 
 
 def same_stft(x: Tensor, n_fft: int, hop: int, window: Tensor) -> Tensor:
