@@ -132,7 +132,13 @@ class Tokenizer(Configurable, nn.Module):
         return next(self.autoencoder.parameters()).device
 
     def _latents(self, x: Tensor, context: Tensor | None) -> Tensor:
-        z: Tensor = self.to_code(self.autoencoder.encode(x, *self._beside(context)))
+        h = self.autoencoder.encode(x, *self._beside(context))
+        if h.shape[-1] != self.autoencoder.latent_dim:
+            raise ValueError(
+                f"{type(self.autoencoder).__name__}.encode gave {list(h.shape)}; latents are channels-last, [B, *S, E] "
+                f"with E = latent_dim = {self.autoencoder.latent_dim}"
+            )
+        z: Tensor = self.to_code(h)
         return z
 
     def _signal(self, z_q: Tensor, context: Tensor | None) -> Tensor:

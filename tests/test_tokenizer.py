@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import tiny_tokenizer
+from torch import Tensor
 
 from tessella.autoencoders import Conv
 from tessella.quantizers import FSQ
@@ -55,3 +56,13 @@ def test_gradient_reaches_the_encoder_through_the_quantizer() -> None:
     for name, parameter in tokenizer.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
+
+
+def test_channels_first_latents_are_refused_by_name() -> None:
+    class ChannelsFirst(Conv):
+        def encode(self, x: Tensor) -> Tensor:
+            return super().encode(x).movedim(-1, 1)
+
+    tokenizer = Tokenizer(ChannelsFirst(channels=8, multipliers=(1,), latent_dim=8, patch_px=4), FSQ([5, 5, 5]))
+    with pytest.raises(ValueError, match=r"ChannelsFirst.encode gave \[2, 8, 4, 6\]; latents are channels-last"):
+        tokenizer(torch.zeros(2, 3, 16, 24))

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from tessella.checkpoint import load
 from tessella.commands._data import batches, data_of, describe, medium_of, named, open_data
 from tessella.commands._device import pick_device
 from tessella.commands._distribution import reference_of
+from tessella.commands._predictions import load_predictor, predicts
 from tessella.commands._samples import Rates, evaluate_samples
 from tessella.commands.build import is_generator
 from tessella.data.base import Batch, Split, to_device
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 EVALUATION = "evaluation.json"
+PREDICTIONS = "predictions.json"
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,8 @@ def evaluate(
 ) -> Evaluation:  # fmt: skip
     """Measure a tokenizer's reconstructions, or a generator's samples, and write the records.
 
+    Of a generator that reads pictures (dense prediction), ``predictions.json``: the tokenizer's numbers with the
+    likeliest codes in the place of the label's own; settings of sampling have no part in them.
     Of a tokenizer, ``evaluation.json`` and with a protocol ``distribution-PROTOCOL.json``. Of a generator,
     ``samples-PROTOCOL.json``, and the training signals nearest to some samples, a check for memorised ones.
 
@@ -96,6 +101,9 @@ def evaluate(
     if is_generator(model):
         if whole:
             raise ConfigError("--whole is for tokenizers: a generator's samples have one size")
+        if predicts(model):
+            return _predictions(model, data, split=split, limit=limit, weights=weights, metrics=metrics or {},
+                                out=folder, device=place)  # fmt: skip
         record, rates, files = evaluate_samples(
             model, protocol=protocol or "efflite0", features=features or weights, data=data, split=split, limit=limit,
             reference=reference, count=samples, settings=settings or SampleSettings(), out=folder, device=place,
@@ -128,6 +136,24 @@ def evaluate(
         written.append(folder / f"distribution-{protocol}.json")
         distribution.write(written[-1])
     return Evaluation(reconstruction, distribution, None, tuple(written))
+
+
+def _predictions(
+    model: Path, data: str | None, *, split: Split, limit: int | None, weights: Path | None,
+    metrics: Mapping[str, Any], out: Path, device: torch.device,
+) -> Evaluation:  # fmt: skip
+    """Measure what a generator and its tokenizer's decoder predict from pictures alone."""
+    predictor, tokenizer = load_predictor(model, device=device)
+    section = data_of(tokenizer, data, split=split)
+    dataset = open_data(section, split)
+    record = evaluate_reconstruction(
+        predictor,
+        batches(dataset, limit=limit, title="predict"),
+        medium_of(tokenizer, section).metrics(weights=weights, **metrics),
+        data=describe(section, split),
+    )
+    record.write(out / PREDICTIONS)
+    return Evaluation(record, None, None, (out / PREDICTIONS,))
 
 
 def _rebuilt(tokenizer: Tokenizer, batches: Iterable[Batch]) -> Iterator[Tensor]:

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
-from tessella.checkpoint import fingerprint, load_generator, write_text
+from tessella.checkpoint import fingerprint, load_generator
 from tessella.commands._data import medium_of
 from tessella.commands._device import pick_device
 from tessella.commands._progress import drawing
 from tessella.errors import ConfigError
 from tessella.generators.drawing import SampleSettings, check_options, chunks, classes_of, draw_batches, labels_of
 from tessella.recipe import differences
+from tessella.storage import write_text
 
 SETTINGS = "samples.json"
 OVERVIEW = "grid"

@@ -20,9 +20,11 @@ class Conditioner(Configurable, nn.Module, ABC):
 
     Attributes:
         batch_key: the entry of a training batch that is the condition; None where there is none.
+        needs_condition: whether training without a condition is a mistake: every sample would be the null.
     """
 
     batch_key: ClassVar[str | None] = None
+    needs_condition: ClassVar[bool] = True
 
     def __init__(self, dim: int, *, dropout: float = 0.1) -> None:
         super().__init__()
@@ -49,7 +51,17 @@ class Conditioner(Configurable, nn.Module, ABC):
         """
 
     def forward(self, condition: Tensor | None, batch_size: int) -> Tensor:
-        """``[B, M, dim]``; the null where ``condition`` is None or, in training, is dropped."""
+        """``[B, M, dim]``; the null where ``condition`` is None (not in training) or, in training, is dropped.
+
+        Raises:
+            ValueError: another number of conditions than samples; or none in training, though there should be.
+        """
+        if condition is None and self.training and self.needs_condition and self.dropout < 1:
+            raise ValueError(
+                f"the conditioner {type(self).__name__} got no condition to train with, but learns from them: the data "
+                f'must give one for each sample, as batch["{self.batch_key}"]; without conditions train with '
+                'conditioner = {name = "none"}'
+            )
         if condition is None:
             return self.null(batch_size)
         if len(condition) != batch_size:

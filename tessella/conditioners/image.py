@@ -21,6 +21,8 @@ class Image(Conditioner):
         channels: of the picture.
     """
 
+    batch_key = "context"
+
     def __init__(
         self,
         size_px: tuple[int, int],

@@ -15,6 +15,8 @@ class Unconditional(Conditioner):
         dim: see :class:`Conditioner`.
     """
 
+    needs_condition = False
+
     def __init__(self, dim: int) -> None:
         super().__init__(dim, dropout=0.0)
         self.start = nn.Parameter(torch.empty(dim))

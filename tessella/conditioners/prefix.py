@@ -17,6 +17,8 @@ class Prefix(Conditioner):
         dim, dropout: see :class:`Conditioner`. The null is one learned vector at every place.
     """
 
+    batch_key = "context"
+
     def __init__(self, num_vectors: int, in_dim: int, dim: int, *, dropout: float = 0.1) -> None:
         super().__init__(dim, dropout=dropout)
         if num_vectors < 1:

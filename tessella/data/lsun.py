@@ -17,11 +17,11 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from tessella.checkpoint import write_bytes
 from tessella.data._errors import DataError, UnreadableImage
 from tessella.data.base import ImageDataset, Picture, Split
 from tessella.data.decode import decode_rgb, picture_extensions
 from tessella.extras import require
+from tessella.storage import write_bytes
 
 logger = logging.getLogger("tessella")
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tessella.checkpoint import atomic_folder
 from tessella.data._errors import DataError
 from tessella.data.base import Sample, Samples, Split
 from tessella.data.tokens import MANIFEST, TokenRow, index_dtype, read_class_names, read_token_space, read_tokens
+from tessella.storage import atomic_folder
 from tessella.tokenizer import TokenSpace
 
 _CACHE = ".arrays"

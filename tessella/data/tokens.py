@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tessella.checkpoint import write_text
 from tessella.data._errors import DataError
 from tessella.extras import require
+from tessella.storage import write_text
 from tessella.tokenizer import TokenSpace
 
 MANIFEST = "tokens.json"

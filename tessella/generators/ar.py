@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tessella.attention import Rotary
 from tessella.conditioners.base import Conditioner
 from tessella.config import build
 from tessella.generators.base import Generator, Guidance, Loss
-from tessella.generators.orders import delay, flattened
-from tessella.generators.sampling import check_guidance, check_settings, choose, guided, inference, uniforms
+from tessella.generators.heads import CodebookHeads, zero_head
+from tessella.generators.orders import delay, flattened, parallel
+from tessella.generators.sampling import (
+    Rng,
+    check_guidance,
+    check_settings,
+    choose,
+    guided_halves,
+    inference,
+    one_each,
+    uniforms,
+)
 from tessella.tokenizer import TokenSpace
-from tessella.transformer import Linear, Rotary, Transformer
+from tessella.transformer import Transformer
 
-_ORDERS = {"flattened": flattened, "delay": delay}
+_ORDERS = {"flattened": flattened, "delay": delay, "parallel": parallel}
+
+# Draws a step's tokens [B, W] from hidden states [B, dim], or with a scale of guidance [2 B, dim]: of the conditions,
+# then of none. Also takes the number of the step, that scale or None, and the step's uniform numbers [B, U].
+Draw = Callable[[Tensor, int, float | None, Tensor], Tensor]
 
 
 class AR(Generator):
@@ -61,7 +76,7 @@ class AR(Generator):
         hidden: int | None = None,
         adaln: bool = False,
         gate_init: float = 1e-3,
-        order: Literal["flattened", "delay"] = "flattened",
+        order: Literal["flattened", "delay", "parallel"] = "flattened",
         rotary: Literal["sequence", "grid", "grid_zero_prefix"] = "grid",
         dropout: float = 0.1,
         token_dropout: float = 0.1,
@@ -80,10 +95,12 @@ class AR(Generator):
             dim, num_layers, num_heads, hidden=hidden, rotary=self._rotary(rotary), adaln=adaln, gate_init=gate_init,
             dropout=dropout, attention_dropout=attention_dropout, checkpoint_activations=checkpoint_activations,
         )  # fmt: skip
-        self.head = Linear(dim, num_tokens, bias=False)
+        # Steps of one token need the logits of one codebook only.
+        self.head: nn.Module = (
+            zero_head(dim, num_tokens) if self.order.width == space.num_codebooks
+            else CodebookHeads(dim, space.num_codebooks, space.codebook_size)
+        )  # fmt: skip
         nn.init.normal_(self.embedding.weight, std=0.02)
-        # Zero: the first loss is ln V exactly.
-        nn.init.zeros_(self.head.weight)
 
     def forward(self, indices: Tensor, condition: Tensor | None) -> Loss:
         """See :meth:`Generator.forward`."""
@@ -107,19 +124,27 @@ class AR(Generator):
         Raises:
             ValueError: indices of another shape or range.
         """
+        return self._logits(self.hidden_states(indices, condition)).float()
+
+    def hidden_states(self, indices: Tensor, condition: Tensor | None) -> Tensor:
+        """``[B, S, dim]``, each to predict a step of ``indices [B, *S, K]`` from those before it.
+
+        Raises:
+            ValueError: indices of another shape or range.
+        """
         self.check_indices(indices)
         steps = self.order.to_steps(indices.flatten(1, -2))
         prefix = self.conditioner(condition, len(indices))
         x = self.token_dropout(torch.cat([prefix, self._embed(steps[:, :-1], 0)], 1))
-        hidden = self.transformer(x, condition=self._modulator(prefix))[:, prefix.shape[1] - 1 :]
-        return self._logits(hidden).float()
+        hidden: Tensor = self.transformer(x, condition=self._modulator(prefix))[:, prefix.shape[1] - 1 :]
+        return hidden
 
     @inference
     def sample(
         self,
         condition: Tensor | None,
         *,
-        rng: Sequence[torch.Generator],
+        rng: Rng = None,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -131,6 +156,22 @@ class AR(Generator):
         second half ends where no later step is guided.
         """
         check_settings(self.space.codebook_size, temperature=temperature, top_k=top_k, top_p=top_p)
+
+        def draw(hidden: Tensor, step: int, scale: float | None, uniform: Tensor) -> Tensor:
+            logits = guided_halves(self._step_logits(hidden, step), scale)
+            return choose(logits, uniform, temperature=temperature, top_k=top_k, top_p=top_p)
+
+        return self._generate(condition, one_each(rng, condition), guidance, draw, self.order.width)
+
+    def _generate(
+        self,
+        condition: Tensor | None,
+        rng: list[torch.Generator],
+        guidance: Guidance,
+        draw: Draw,
+        num_uniforms: int,
+    ) -> Tensor:
+        """Indices ``[B, *S, K]``, ``draw`` choosing those of each step with ``num_uniforms`` random numbers."""
         scales = self._scales(guidance)
         guides = condition is not None  # without a condition both halves were the same
         num_guided = max((step + 1 for step, scale in enumerate(scales) if guides and scale != 1), default=0)
@@ -139,15 +180,11 @@ class AR(Generator):
             x = torch.cat([x, self.conditioner.null(len(rng))])
         modulator = self._modulator(x)
         cache = self.transformer.new_cache(x.shape[1] + self.order.num_steps - 1, static=x.is_cuda)
-        uniform = uniforms(rng, self.order.num_steps, self.order.width, device=x.device)
-        steps = torch.empty(uniform.shape, dtype=torch.int64, device=x.device)
+        uniform = uniforms(rng, self.order.num_steps, num_uniforms, device=x.device)
+        steps = torch.empty(len(rng), self.order.num_steps, self.order.width, dtype=torch.int64, device=x.device)
         for step, scale in enumerate(scales):
             hidden = self.transformer(x, condition=modulator, cache=cache)[:, -1]
-            logits = self._step_logits(hidden, step)
-            if step < num_guided:
-                own, null = logits.chunk(2)
-                logits = own if scale == 1 else guided(own, null, scale)
-            tokens = choose(logits, uniform[:, step], temperature=temperature, top_k=top_k, top_p=top_p)
+            tokens = draw(hidden, step, scale if step < num_guided else None, uniform[:, step])
             steps[:, step] = tokens.masked_fill(self.order.slots[step] < 0, -1)
             x = self._embed(steps[:, step : step + 1], step)
             if step + 1 < num_guided:
@@ -192,23 +229,16 @@ class AR(Generator):
         each: Tensor = functional.cross_entropy(logits.flatten(0, 2), target.flatten(), reduction="none")
         return each.view_as(target)
 
-    def _heads(self) -> Tensor:
-        """``[K, V, dim]``."""
-        return self.head.weight.view(self.space.num_codebooks, self.space.codebook_size, -1)
-
     def _logits(self, hidden: Tensor) -> Tensor:
         """``[B, T, K, V]`` of ``hidden [B, S, dim]``."""
-        num_codebooks = self.space.num_codebooks
-        if self.order.width == num_codebooks:
-            return self._within_limits(self.order.from_steps(self.head(hidden).unflatten(-1, (num_codebooks, -1))))
-        # One token a step: step t K + k is of codebook k.
-        by_codebook = hidden.unflatten(1, (-1, num_codebooks))
-        return self._within_limits(torch.einsum("btkd,kvd->btkv", by_codebook, self._heads()))
+        logits = self.head(hidden)
+        if not isinstance(self.head, CodebookHeads):
+            logits = self.order.from_steps(logits.unflatten(-1, (self.space.num_codebooks, -1)))
+        return self._within_limits(logits)
 
     def _step_logits(self, hidden: Tensor, step: int) -> Tensor:
         """``[B, W, V]`` of ``hidden [B, dim]``."""
-        num_codebooks = self.space.num_codebooks
-        if self.order.width == num_codebooks:
-            return self._within_limits(self.head(hidden).unflatten(-1, (num_codebooks, -1)))
-        codebook = step % num_codebooks
-        return self._within_limits(functional.linear(hidden, self._heads()[codebook])[:, None], codebook)
+        if not isinstance(self.head, CodebookHeads):
+            return self._within_limits(self.head(hidden).unflatten(-1, (self.space.num_codebooks, -1)))
+        codebook = step % self.space.num_codebooks
+        return self._within_limits(self.head[codebook](hidden)[:, None], codebook)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from tessella.config import Configurable
+from tessella.generators.sampling import Rng
 from tessella.registry import Spec
 from tessella.tokenizer import TokenSpace
 
@@ -60,18 +61,20 @@ class Generator(Configurable, nn.Module, ABC):
         self,
         condition: Tensor | None,
         *,
-        rng: Sequence[torch.Generator],
+        rng: Rng = None,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
         guidance: Guidance = 1.0,
     ) -> Tensor:
-        """Draw indices ``[B, *S, K]``, B being ``len(rng)``; in eval mode and without gradients, whatever the mode is.
+        """Draw indices ``[B, *S, K]``; in eval mode and without gradients, whatever the mode is.
 
         Args:
-            condition: see :meth:`forward`.
-            rng: one generator (on the CPU) for each sample, so that a sample does not depend on its batch; see
-                :func:`tessella.generators.sampling.generators`.
+            condition: see :meth:`forward`; one for each of B samples.
+            rng: where randomness comes from: a seed, a ``torch.Generator``, a sequence of one for each sample, or None
+                for torch's global one. Each sample draws from a generator of its own, so it does not depend on its
+                batch; see :func:`tessella.generators.sampling.one_each`. Without a condition B is the length of the
+                sequence, else 1.
             temperature: divides the logits; 0 takes the likeliest token.
             top_k: keep the k likeliest tokens.
             top_p: keep the likeliest tokens that together have this probability.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -11,13 +10,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tessella.attention import Rotary
 from tessella.conditioners.base import Conditioner
 from tessella.config import build, resolve
 from tessella.generators.base import Generator, Guidance, Loss
-from tessella.generators.sampling import check_guidance, check_settings, choose, guided, inference, uniforms
+from tessella.generators.heads import CodebookHeads, zero_head
+from tessella.generators.sampling import (
+    Rng,
+    check_guidance,
+    check_settings,
+    choose,
+    guided,
+    inference,
+    one_each,
+    uniforms,
+)
 from tessella.ops import kmeans, nearest
 from tessella.tokenizer import TokenSpace
-from tessella.transformer import Rotary, Transformer
+from tessella.transformer import Transformer
 
 _KMEANS_ITERATIONS = 100
 _KMEANS_RESTARTS = 10
@@ -68,19 +78,18 @@ class FinePredictor(nn.Module):
         self.transformer = Transformer(
             dim, num_layers, num_heads, hidden=hidden, rotary=places, causal=False, dropout=dropout
         )
-        self.head = nn.Linear(dim, space.num_codebooks * space.codebook_size, bias=False)
+        self.head: nn.Module = (
+            zero_head(dim, space.codebook_size) if space.num_codebooks == 1
+            else CodebookHeads(dim, space.num_codebooks, space.codebook_size)
+        )  # fmt: skip
         nn.init.normal_(self.labels.weight, std=0.02)
-        # Zero: the first loss is ln V exactly.
-        nn.init.zeros_(self.head.weight)
 
     def forward(self, labels: Tensor, context: Tensor) -> Tensor:
         """Logits ``[B, N, V]`` (float32) of coarse labels ``[B, *S, K]`` after ``context [B, M, dim]``."""
-        heads = self.head.weight.unflatten(0, (self.num_codebooks, -1))
         rows = labels + torch.arange(self.num_codebooks, device=labels.device) * self.num_clusters
         x = self.dropout(torch.cat([context, self.labels(rows.flatten(1))], 1))
-        hidden = self.transformer(x)[:, context.shape[1] :].unflatten(1, (-1, self.num_codebooks))
-        logits: Tensor = torch.einsum("bpkd,kvd->bpkv", hidden, heads)
-        return logits.flatten(1, 2).float()
+        logits: Tensor = self.head(self.transformer(x)[:, context.shape[1] :])
+        return (logits.flatten(1, 2) if isinstance(self.head, CodebookHeads) else logits).float()
 
 
 class CoarseToFine(Generator):
@@ -204,7 +213,7 @@ class CoarseToFine(Generator):
         self,
         condition: Tensor | None,
         *,
-        rng: Sequence[torch.Generator],
+        rng: Rng = None,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -227,6 +236,7 @@ class CoarseToFine(Generator):
             RuntimeError: the codes are not clustered yet.
         """
         self._require_fitted()
+        rng = one_each(rng, condition)
         fine_temperature = temperature if fine_temperature is None else fine_temperature
         if fine_guidance is None:
             fine_guidance = guidance(0.0) if callable(guidance) else guidance

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tessella.config import build
 from tessella.generators.base import Generator, Guidance, Loss
-from tessella.generators.sampling import inference
+from tessella.generators.sampling import Rng, inference
 from tessella.tokenizer import TokenSpace
 
 
@@ -75,7 +75,7 @@ class Digits(Generator):
         self,
         condition: Tensor | None,
         *,
-        rng: Sequence[torch.Generator],
+        rng: Rng = None,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,

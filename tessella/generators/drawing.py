@@ -8,14 +8,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from tessella.errors import ConfigError
 from tessella.generators.base import Generator
 from tessella.generators.guidance import parse_guidance
-from tessella.generators.sampling import generators
+from tessella.generators.sampling import generators, sample_seed
 from tessella.tokenizer import Tokenizer
 
 
@@ -73,7 +72,7 @@ def draw(
     try:
         indices = generator.sample(
             condition,
-            rng=generators(_seed(settings.seed, number) for number in numbers),
+            rng=generators(sample_seed(settings.seed, number) for number in numbers),
             temperature=settings.temperature,
             top_k=settings.top_k,
             top_p=settings.top_p,
@@ -146,8 +145,3 @@ def labels_of(generator: Generator, classes: Sequence[str], count: int) -> list[
 def balanced(num_classes: int, count: int) -> list[int]:
     """``count`` labels, every class as often as the others to within one, in turn."""
     return [number % num_classes for number in range(count)]
-
-
-def _seed(seed: int, number: int) -> int:
-    """A seed of its own for each sample of each run: neighbours share nothing."""
-    return int(np.random.SeedSequence((seed, number)).generate_state(1)[0])

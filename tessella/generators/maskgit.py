@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from tessella.attention import Linear
 from tessella.conditioners.base import Conditioner
 from tessella.conditioners.label import Label
 from tessella.config import build
 from tessella.generators.base import Generator, Guidance, Loss
-from tessella.generators.sampling import check_guidance, check_settings, choose, guided, inference, uniforms
+from tessella.generators.sampling import (
+    Rng,
+    check_guidance,
+    check_settings,
+    choose,
+    guided,
+    inference,
+    one_each,
+    uniforms,
+)
 from tessella.generators.schedules import group_ends, low_discrepancy_order, num_remasked, random_masks
+from tessella.quantizers.base import check_choice
 from tessella.tokenizer import TokenSpace
-from tessella.transformer import Linear, Transformer
+from tessella.transformer import Transformer
 
 # FSQ's bound on r: at least the share cos(pi/2 (1 - r)) = 0.45 of the tokens is hidden, 0.809 on average.
 _MIN_MASK_RATIO = 1 - 2 * math.acos(0.45) / math.pi
 _NORM_EPS = 1e-12
+
+UnmaskingOrder = Literal["confidence", "random", "even"]
+NormPlacement = Literal["post", "pre"]
 _INIT_STD = 0.02
 
 
@@ -34,7 +47,8 @@ class MaskGIT(Generator):
 
     Input and output share one table: the codes, then the conditioner's labels, then MASK. With labels, MASK is their
     null, so that guidance and masking have one "unknown". Each of K > 1 codebooks has V rows of its own in the table,
-    and a position is trained against the whole of it but sampled among its own codebook alone.
+    and a position is trained against the whole of it but sampled among its own codebook alone. The output therefore
+    reads the table rather than calling a layer: an adapter of ``codes`` changes what goes in, not what comes out.
 
     Args:
         space: the tokens.
@@ -48,7 +62,12 @@ class MaskGIT(Generator):
         label_smoothing: probability that the targets spread over the whole table.
         min_mask_ratio: r_min; 0 is MaskGIT's, the default FSQ's.
         num_steps: T, unless sampling says otherwise.
-        choice_temperature: c.
+        choice_temperature: c, unless sampling says otherwise.
+        order: which drawn tokens a step keeps, unless sampling says otherwise: the most confident; any, at ``random``
+            (c beyond all bounds); or in a fixed ``even`` order, whose every prefix covers the grid, that of
+            :meth:`bits`.
+        norm: ``post``, after the residual sums, is BERT's and the papers'; ``pre``, before each layer and once at the
+            end, bears larger learning rates.
     """
 
     _can_limit_codes = True
@@ -68,19 +87,21 @@ class MaskGIT(Generator):
         min_mask_ratio: float = _MIN_MASK_RATIO,
         num_steps: int = 12,
         choice_temperature: float = 4.5,
+        order: UnmaskingOrder = "confidence",
+        norm: NormPlacement = "post",
     ) -> None:
         super().__init__(space)
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
         if not 0 <= min_mask_ratio <= 1:
             raise ValueError(f"min_mask_ratio must lie in [0, 1], got {min_mask_ratio}")
-        if choice_temperature < 0:
-            raise ValueError(f"choice_temperature must be >= 0, got {choice_temperature}")
-        _check_steps(num_steps)
+        check_choice("norm", norm, NormPlacement)
+        _check_decoding(num_steps, choice_temperature, order)
         self.label_smoothing = label_smoothing
         self.min_mask_ratio = min_mask_ratio
         self.num_steps = num_steps
         self.choice_temperature = choice_temperature
+        self.order: UnmaskingOrder = order
         self.conditioner: Conditioner = build("conditioners", conditioner, dim=dim)
         num_codes = space.num_codebooks * space.codebook_size
         self.codes = nn.Embedding(num_codes, dim)
@@ -97,7 +118,7 @@ class MaskGIT(Generator):
             hidden=hidden,
             norm="layer",
             norm_eps=_NORM_EPS,
-            post_norm=True,
+            post_norm=norm == "post",
             activation="gelu_tanh",
             bias=True,
             causal=False,
@@ -136,22 +157,28 @@ class MaskGIT(Generator):
         self,
         condition: Tensor | None,
         *,
-        rng: Sequence[torch.Generator],
+        rng: Rng = None,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
         guidance: Guidance = 1.0,
         num_steps: int | None = None,
+        choice_temperature: float | None = None,
+        order: UnmaskingOrder | None = None,
     ) -> Tensor:
         """See :meth:`Generator.sample`; the temperature and the truncation are of the draw, not of the confidence.
 
         Args:
             condition, rng, temperature, top_k, top_p, guidance: see there; progress is t / T.
             num_steps: T.
+            choice_temperature, order: as in the constructor, whose values are the default.
         """
         check_settings(self.space.codebook_size, temperature=temperature, top_k=top_k, top_p=top_p)
+        rng = one_each(rng, condition)
         num_steps = self.num_steps if num_steps is None else num_steps
-        _check_steps(num_steps)
+        choice_temperature = self.choice_temperature if choice_temperature is None else choice_temperature
+        order = self.order if order is None else order
+        _check_decoding(num_steps, choice_temperature, order)
         device, length = self.codes.weight.device, self.space.sequence_length
         contexts = torch.cat([self.conditioner(condition, len(rng)), self.conditioner.null(len(rng))])
         tokens = torch.zeros(len(rng), length, dtype=torch.long, device=device)
@@ -164,8 +191,11 @@ class MaskGIT(Generator):
             tokens = torch.where(masked, drawn, tokens)
             progress = (step + 1) / num_steps
             if step + 1 < num_steps:
-                confidence = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
-                confidence += self.choice_temperature * (1 - progress) * gumbel(for_choice)
+                if order == "confidence":
+                    confidence = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+                    confidence += choice_temperature * (1 - progress) * gumbel(for_choice)
+                else:
+                    confidence = for_choice if order == "random" else self._late_first().expand(len(rng), -1)
                 masked = least_confident(confidence, masked, progress)
         return tokens.view(-1, *self.space.grid, self.space.num_codebooks)
 
@@ -175,7 +205,7 @@ class MaskGIT(Generator):
         self.check_indices(indices)
         tokens = indices.flatten(1)
         context = self.conditioner(condition, len(tokens))
-        order = low_discrepancy_order((*self.space.grid, self.space.num_codebooks)).to(tokens.device)
+        order = self._even_order().to(tokens.device)
         masked = torch.ones_like(tokens, dtype=torch.bool)
         total = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
         begin = 0
@@ -186,6 +216,13 @@ class MaskGIT(Generator):
             masked[:, group] = False
             begin = end
         return total
+
+    def _even_order(self) -> Tensor:
+        return low_discrepancy_order((*self.space.grid, self.space.num_codebooks))
+
+    def _late_first(self) -> Tensor:
+        """``[N]``, the higher the sooner a position is shown in the fixed order."""
+        return -self._even_order().argsort().float().to(self.first_row.device)
 
     @property
     def _special(self) -> Tensor:
@@ -259,6 +296,9 @@ def least_confident(confidence: Tensor, masked: Tensor, progress: float) -> Tens
     return confidence < confidence.sort(-1).values.gather(-1, first_kept)
 
 
-def _check_steps(num_steps: int) -> None:
+def _check_decoding(num_steps: int, choice_temperature: float, order: UnmaskingOrder) -> None:
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+    if not choice_temperature >= 0:
+        raise ValueError(f"choice_temperature must be >= 0, got {choice_temperature}")
+    check_choice("order", order, UnmaskingOrder)

@@ -56,6 +56,12 @@ def flattened(num_positions: int, num_codebooks: int) -> Order:
     return Order(slots, slots % num_codebooks)
 
 
+def parallel(num_positions: int, num_codebooks: int) -> Order:
+    """All codebooks of a position in one step, then the next position; T steps."""
+    slots = torch.arange(num_positions * num_codebooks, device="cpu").view(num_positions, num_codebooks)
+    return Order(slots, slots % num_codebooks)
+
+
 def delay(num_positions: int, num_codebooks: int) -> Order:
     """All codebooks in every step, codebook k as many positions late (MusicGen, arXiv 2306.05284); T + K - 1 steps."""
     codebooks = torch.arange(num_codebooks, device="cpu")

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from typing import Concatenate, ParamSpec, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tessella.transformer import sampling
+from tessella.attention import sampling
+
+# What `sample` draws with: a seed, one generator, one for each sample, or whatever torch's own generator gives.
+Rng = int | torch.Generator | Sequence[torch.Generator] | None
 
 M = TypeVar("M", bound=nn.Module)
 P = ParamSpec("P")
@@ -19,6 +24,38 @@ R = TypeVar("R")
 def generators(seeds: Iterable[int]) -> list[torch.Generator]:
     """One random generator (on the CPU, the same on every machine) for each seed."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def sample_seed(seed: int, number: int) -> int:
+    """A seed of its own for each sample of each run: neighbours share nothing.
+
+    Raises:
+        ValueError: a negative seed.
+    """
+    if seed < 0:
+        raise ValueError(f"a seed must be at least 0, got {seed}")
+    return int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
+
+
+def one_each(rng: Rng, condition: Tensor | None) -> list[torch.Generator]:
+    """One random generator (on the CPU) for each sample, of whatever ``sample`` was given.
+
+    Args:
+        rng: a sequence holds one for each sample. A seed s gives sample n that of :func:`sample_seed` (s, n), so a
+            sample is the same in any batch that it is the n-th of. One generator, on any device, gives each sample a
+            seed and moves on; None does so with torch's global one.
+        condition: says how many samples there are where ``rng`` does not; there is one without.
+
+    Raises:
+        ValueError: a negative seed.
+    """
+    if not (rng is None or isinstance(rng, int | torch.Generator)):
+        return list(rng)
+    count = 1 if condition is None else len(condition)
+    if isinstance(rng, int):
+        return generators(sample_seed(rng, number) for number in range(count))
+    device = "cpu" if rng is None else rng.device
+    return generators(torch.randint(2**63 - 1, (count,), generator=rng, device=device).tolist())
 
 
 def inference(method: Callable[Concatenate[M, P], R]) -> Callable[Concatenate[M, P], R]:
@@ -58,18 +95,27 @@ def check_settings(codebook_size: int, *, temperature: float, top_k: int | None,
 
 
 def check_guidance(scale: float) -> None:
-    """Refuse a negative guidance scale.
+    """Refuse a guidance scale that is negative or no finite number.
 
     Raises:
-        ValueError: it is negative.
+        ValueError: it is.
     """
-    if scale < 0:
+    if not 0 <= scale < math.inf:
         raise ValueError(f"guidance must be >= 0 (1 is none), got {scale}")
 
 
 def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     """``l_null + s (l_cond - l_null)``; MaskGIT's ``l_cond + a (l_cond - l_null)`` is s = 1 + a."""
     return unconditional + scale * (conditional - unconditional)
+
+
+def guided_halves(logits: Tensor, scale: float | None) -> Tensor:
+    """``[B, ...]`` of ``logits [2 B, ...]``, those of the conditions and then of none; unchanged where not guided."""
+    if scale is None:
+        return logits
+    conditional, null = logits.chunk(2)
+    # Without the difference where it does not count: 1 is none to the last bit.
+    return conditional if scale == 1 else guided(conditional, null, scale)
 
 
 def truncated(logits: Tensor, *, top_k: int | None = None, top_p: float | None = None) -> Tensor:

@@ -53,8 +53,9 @@ def r1_penalty(logits: Tensor, x: Tensor) -> Tensor:
     D(x_b) is the mean of a picture's logits. The paper's loss is gamma / 2 times this.
 
     Args:
-        logits: ``[B, ...]`` of ``x``; those of one picture must not depend on another (no batch normalisation), or
-            the gradients of the two mix.
+        logits: ``[B, ...]`` of ``x``. Those of one picture should not depend on another: batch normalisation mixes
+            their gradients. So does the minibatch deviation of :class:`StyleGAN`, by one of its last layer's many
+            channels; there, as in StyleGAN2, the penalty is on the gradient of the sum over the batch.
         x: ``[B, ...]``, requires grad.
     """
     (gradient,) = torch.autograd.grad(logits.flatten(1).mean(1).sum(), x, create_graph=True)
@@ -132,11 +133,12 @@ class Adversary(Configurable, nn.Module):
     LlamaGen       weight 0.5, start_step 20,000
     IBQ            generator_loss "non_saturating_mean_logit", weight 0.1, lecam_weight 0.05
     SimVQ          generator_loss "non_saturating_mean_logit", weight 0.1
-    MaskGIT        discriminator "stylegan", loss and generator_loss "non_saturating", weight 0.1, r1_weight 10
+    MaskGIT        discriminator "stylegan", loss and generator_loss "non_saturating", weight 0.1, r1_weight 40
     ============== ===========================================================================================
 
     Published code differs by constant factors of L_D, which Adam does not see: MaskGIT's adds cost |grad|^2 to the sum
-    of both cross-entropies, which is twice the L_D above with ``r1_weight`` = cost.
+    of both cross-entropies, which is twice the L_D above with ``r1_weight`` = cost. Its cost of 10 is for pictures in
+    [0, 1]; in [-1, 1] every derivative is half as large, so |grad|^2 weighs the same at 40.
 
     Args:
         discriminator: ``"patchgan"`` or ``"stylegan"``.

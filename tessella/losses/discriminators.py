@@ -66,8 +66,10 @@ class StyleGAN(Configurable, nn.Module):
     """One logit a picture: the residual discriminator of StyleGAN2 (arXiv 1912.04958) with blurred downsampling.
 
     As in the JAX VQGANs (MaskGIT, MAGVIT): no normalisation, so that R1 may be used; Glorot weights without runtime
-    scaling; width doubling with each halving of the picture up to 8 times ``channels``. The minibatch standard
-    deviation before the last convolutions is StyleGAN2's, which those leave out.
+    scaling; width doubling with each halving of the picture. Two things are not theirs. They double up to 512 channels
+    whatever the first width, this one up to 8 times ``channels``: the same at the default, narrower below it. And the
+    minibatch standard deviation before the last convolutions is StyleGAN2's, which they leave out; through it a logit
+    depends a little on the other pictures of the batch.
 
     Args:
         size_px: side of the (square) pictures, a power of two from 16.

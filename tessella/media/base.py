@@ -87,6 +87,12 @@ class Medium(Configurable, ABC):
             keys: the signals' names.
         """
 
+    def show_with_context(
+        self, x: Tensor, x_hat: Tensor, context: Tensor, indices: Tensor, codebook: Tensor | None, keys: Sequence[str]
+    ) -> Section:
+        """:meth:`show` where encoder and decoder also saw ``context [B, ...]``; a medium that can shows it too."""
+        return self.show(x, x_hat, indices, codebook, keys)
+
     @abstractmethod
     def show_samples(self, real: Mapping[str, Tensor], generated: Mapping[str, Tensor], settings: str) -> Section:
         """A report's section of real and generated signals side by side.

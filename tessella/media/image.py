@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tessella.checkpoint import write_bytes
 from tessella.data.base import to_tensor
 from tessella.data.decode import decode_rgb
 from tessella.errors import ConfigError
@@ -25,6 +24,7 @@ from tessella.media.base import Medium
 from tessella.reporting.generation import samples_section
 from tessella.reporting.page import Card, Gallery, Section, Tile
 from tessella.reporting.pictures import Array, error_maps, grid, png, save_image_grid, to_pictures, token_maps
+from tessella.storage import write_bytes
 
 EFFLITE0_WEIGHTS = "efficientnet_lite0.fp16.safetensors"
 ERROR_GAIN = 5.0

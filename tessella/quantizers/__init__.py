@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tessella.quantizers.base import Quantized, Quantizer
+from tessella.quantizers.bsq import BSQ
 from tessella.quantizers.ema import EMAVQ
 from tessella.quantizers.fsq import FSQ
 from tessella.quantizers.grouped import Grouped
@@ -12,9 +13,11 @@ from tessella.quantizers.lfq import LFQ
 from tessella.quantizers.residual import Residual
 from tessella.quantizers.scq import SCQ
 from tessella.quantizers.simvq import SimVQ
+from tessella.quantizers.uvim_vq import UViMVQ
 from tessella.quantizers.vq import VQ
 
 __all__ = [
+    "BSQ",
     "EMAVQ",
     "FSQ",
     "IBQ",
@@ -27,4 +30,5 @@ __all__ = [
     "Quantizer",
     "Residual",
     "SimVQ",
+    "UViMVQ",
 ]

@@ -72,16 +72,17 @@ class LearnedCodebook(NearestNeighbour):
 
     The fit happens in the first forward pass in training mode, on the vectors of all ranks together, and every rank
     gets the result of rank 0. Run that pass outside torch.compile (or call :meth:`fit`); from then on the compiled
-    module has one graph. Whether the codes are fitted is part of the state dict.
+    module has one graph. Whether the codes are fitted is part of the state dict, and of nothing else: whoever copies
+    the buffers (an averaged model does in every step) copies that too.
     """
 
     fitted: Tensor
-    needs_fit: bool = False
 
     def __init__(self, codebook_size: int, dim: int, *, codebook_init: CodebookInit, **options: Any) -> None:
         super().__init__(codebook_size, dim, **options)
         check_choice("codebook_init", codebook_init, CodebookInit)
         self.codebook_init: CodebookInit = codebook_init
+        self._seen_fitted = codebook_init == "random"
         if codebook_init == "kmeans":
             self.register_buffer("fitted", torch.tensor(False))
 
@@ -100,7 +101,7 @@ class LearnedCodebook(NearestNeighbour):
 
     def quantize(self, z: Tensor, mask: Tensor | None) -> Quantized:
         """See :meth:`Quantizer.quantize`."""
-        if self.needs_fit and self.training:
+        if self.training and not self._is_fitted():
             if torch.compiler.is_compiling():
                 raise RuntimeError("codebook_init='kmeans' fits in the first training pass, which must run outside "
                                    "torch.compile: run one batch, or call fit(z), before compiling")  # fmt: skip
@@ -128,15 +129,30 @@ class LearnedCodebook(NearestNeighbour):
     def _mark_fitted(self, fitted: bool) -> None:
         if self.codebook_init == "kmeans":
             self.fitted.fill_(fitted)
-            # The buffer's twin in Python: a forward pass reads it without waiting for the device.
-            self.needs_fit = not fitted
+            self._seen_fitted = fitted
+
+    def _is_fitted(self) -> bool:
+        # Reading the buffer waits for the device, so only until it was once seen set: nothing but reset_parameters and
+        # a state dict unsets it, and both pass through here. A compiled graph cannot branch on it.
+        if not self._seen_fitted and not torch.compiler.is_compiling():
+            self._seen_fitted = bool(self.fitted)
+        return self._seen_fitted
 
     def _require_fitted(self) -> None:
-        if self.needs_fit:
-            raise RuntimeError("the codebook is not fitted: codebook_init='kmeans' takes its codes from the first "
-                               "batch in training mode (or from fit(z), or a state dict)")  # fmt: skip
+        if self._is_fitted():
+            return
+        message = ("the codebook is not fitted: codebook_init='kmeans' takes its codes from the first batch in "
+                   "training mode (or from fit(z), or a state dict)")  # fmt: skip
+        if not torch.compiler.is_compiling():
+            raise RuntimeError(message)
+        torch._assert_async(self.fitted, message)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         if self.codebook_init == "kmeans":
-            self.needs_fit = not bool(self.fitted)
+            # Codes that were trained without this option come without the buffer, and need no fit.
+            own = (*self._parameters, *self._buffers)
+            if any(f"{prefix}{name}" in state_dict for name in own):
+                state_dict.setdefault(f"{prefix}fitted", torch.tensor(True))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if self.codebook_init == "kmeans":
+            self._seen_fitted = bool(self.fitted)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tessella.config import Configurable
+from tessella.errors import NotFiniteError
 
 
 @dataclass
@@ -83,13 +84,19 @@ class Quantizer(Configurable, nn.Module, ABC):
     def forward(self, z: Tensor, mask: Tensor | None = None) -> Quantized:
         """Quantize the last axis of ``z``.
 
+        Latents are channels-last, and nothing but the size of the last axis is checked: a channels-first
+        ``[2, 16, 16, 16]`` given to a quantizer of dim 16 is taken for channels-last, and its rows are quantized in
+        place of its channels. ``z.movedim(1, -1)`` turns channels-first latents round; a :class:`Tokenizer` does so
+        inside its autoencoder.
+
         Args:
             z: ``[..., D]``, floating point and finite.
             mask: ``[...]`` bool, false at padded positions: those change neither loss nor statistics.
 
         Raises:
             TypeError: ``z`` is not floating point, or ``mask`` not boolean.
-            ValueError: wrong last dimension, wrong mask shape, NaN or infinity in ``z``.
+            ValueError: wrong last dimension, wrong mask shape.
+            NotFiniteError: NaN or infinity in ``z``.
         """
         self._check(z, mask)
         leading = z.shape[:-1]
@@ -153,14 +160,17 @@ class Quantizer(Configurable, nn.Module, ABC):
         if not z.dtype.is_floating_point:
             raise TypeError(f"z must be floating point, got {z.dtype}")
         if z.ndim == 0 or z.shape[-1] != self.dim:
-            raise ValueError(f"the last axis of z must be dim = {self.dim}, got z of shape {tuple(z.shape)}")
+            raise ValueError(
+                f"the last axis of z must be dim = {self.dim}, got z of shape {tuple(z.shape)}; "
+                "latents are channels-last, [B, *S, D]"
+            )
         if mask is not None:
             if mask.dtype != torch.bool:
                 raise TypeError(f"mask must be bool (true where a position counts), got {mask.dtype}")
             if mask.shape != z.shape[:-1]:
                 raise ValueError(f"mask must have the shape of z without its last axis, {tuple(z.shape[:-1])}, "
                                  f"got {tuple(mask.shape)}")  # fmt: skip
-        _require(_all_finite(z), "z must be finite, but holds NaN or infinity")
+        _require(_all_finite(z), "z must be finite, but holds NaN or infinity", NotFiniteError)
 
     def extra_repr(self) -> str:
         """Shown by ``print(quantizer)``."""
@@ -180,13 +190,13 @@ def _all_finite(z: Tensor) -> Tensor:
     return low.isfinite() & high.isfinite()
 
 
-def _require(condition: Tensor, message: str) -> None:
-    """Raise ``ValueError(message)`` unless the scalar ``condition`` holds."""
+def _require(condition: Tensor, message: str, kind: type[ValueError] = ValueError) -> None:
+    """Raise ``kind(message)`` unless the scalar ``condition`` holds."""
     if torch.compiler.is_compiling():
         # An assertion inside the graph, which a Python branch on a tensor would break in two.
         torch._assert_async(condition, message)
     elif not condition:
-        raise ValueError(message)
+        raise kind(message)
 
 
 def check_positive(name: str, value: float) -> None:

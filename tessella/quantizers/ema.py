@@ -11,7 +11,7 @@ from torch.nn import functional
 from tessella.distributed import all_reduce_sum, gather_rows
 from tessella.quantizers._estimators import Estimator
 from tessella.quantizers._nearest import CodebookInit, LearnedCodebook
-from tessella.quantizers.base import Quantized, Quantizer, check_choice
+from tessella.quantizers.base import Quantized, Quantizer, check_choice, check_positive
 
 DeadCodes = Literal["keep", "revive", "split"]
 
@@ -33,6 +33,12 @@ class EMAVQ(LearnedCodebook):
     that code's count and sum between the two. The random numbers depend on the number of updates alone and are the
     same on every rank.
 
+    The paper does not fix how much the start weighs. Every code begins with the count ``init_count``, so its first
+    update by n vectors takes it the share n / (d init_count + n) of the way to their mean: with d = 0.99 and n = 13,
+    93 % for the count 1 (UViM), but 12 % for 1 / (1 - d) = 100, the start of packages that average n and the sums with
+    weight 1 - d from the count 1. From the same start the two then do the same. The small count forgets a random start
+    at once; the large one keeps a fitted start, and moves few codes far where the first batches are few or alike.
+
     Args:
         codebook_size: V.
         dim: D.
@@ -43,6 +49,7 @@ class EMAVQ(LearnedCodebook):
         dead_threshold: see above; below 1/3, else splitting need not end.
         estimator: ``"straight_through"`` or ``"rotation"``.
         codebook_init: ``"random"`` is N(0, 1/D) per entry; ``"kmeans"`` takes the first training batch.
+        init_count: how many vectors the start of a code counts for; see above.
     """
 
     counts: Tensor
@@ -61,6 +68,7 @@ class EMAVQ(LearnedCodebook):
         dead_threshold: float = 0.01,
         estimator: Estimator = "straight_through",
         codebook_init: CodebookInit = "random",
+        init_count: float = 1.0,
     ) -> None:
         super().__init__(
             codebook_size,
@@ -75,6 +83,8 @@ class EMAVQ(LearnedCodebook):
         if not 0 < dead_threshold < 1 / 3:
             raise ValueError(f"dead_threshold must be in (0, 1/3), a fraction of the mean count, got {dead_threshold}")
         check_choice("dead_codes", dead_codes, DeadCodes)
+        check_positive("init_count", init_count)
+        self.init_count = init_count
         self.decay = decay
         self.unit_norm = unit_norm
         self.dead_codes: DeadCodes = dead_codes
@@ -89,8 +99,7 @@ class EMAVQ(LearnedCodebook):
 
     def reset_parameters(self) -> None:
         """See :meth:`Quantizer.reset_parameters`."""
-        self.counts.fill_(1)
-        self.sums.normal_(std=self.dim**-0.5)
+        self._set_codes(self.sums.normal_(std=self.dim**-0.5))
         self.num_updates.zero_()
         self._pending = self._last_batch = None
         self._mark_fitted(False)
@@ -184,5 +193,5 @@ class EMAVQ(LearnedCodebook):
 
     @torch.no_grad()
     def _set_codes(self, codes: Tensor) -> None:
-        self.counts.fill_(1)
-        self.sums.copy_(codes)
+        self.counts.fill_(self.init_count)
+        self.sums.copy_(codes * self.init_count)

@@ -19,6 +19,7 @@ from tessella.quantizers.base import (
 
 _MAX_DIM = 62  # indices are int64
 _MAX_GROUP_BITS = 12
+_DEFAULT_GROUP_BITS = 10
 _LOG_EPS = 1e-5
 
 
@@ -44,7 +45,8 @@ class LFQ(ImplicitCodebook):
         commitment_weight: w_c.
         entropy_weight: w_h.
         entropy_temperature: of the softmax over codes.
-        entropy_group_bits: 1 to 12; the last group is smaller where it does not divide D.
+        entropy_group_bits: 1 to 12; the last group is smaller where it does not divide D. None is min(D, 10): groups
+            of one bit are blind to collapse, for two opposite codes already have every bit set half of the time.
     """
 
     def __init__(
@@ -56,13 +58,15 @@ class LFQ(ImplicitCodebook):
         commitment_weight: float = 0.25,
         entropy_weight: float = 0.1,
         entropy_temperature: float = 0.01,
-        entropy_group_bits: int = 1,
+        entropy_group_bits: int | None = None,
     ) -> None:
-        dim = _number_of_bits(codebook_size, dim)
+        dim = number_of_bits(codebook_size, dim)
         super().__init__(dim, 2**dim)
         check_positive("scale", scale)
         check_weights(commitment_weight=commitment_weight, entropy_weight=entropy_weight)
         check_positive("entropy_temperature", entropy_temperature)
+        if entropy_group_bits is None:
+            entropy_group_bits = min(dim, _DEFAULT_GROUP_BITS)
         if not 1 <= entropy_group_bits <= _MAX_GROUP_BITS:
             raise ValueError(f"entropy_group_bits must be from 1 to {_MAX_GROUP_BITS}, got {entropy_group_bits}")
         self.scale = scale
@@ -112,9 +116,14 @@ class LFQ(ImplicitCodebook):
         return torch.arange(self.dim, device=like.device)
 
 
-def _number_of_bits(codebook_size: int | None, dim: int | None) -> int:
+def number_of_bits(codebook_size: int | None, dim: int | None) -> int:
+    """D, given D or 2^D or both.
+
+    Raises:
+        ValueError: neither, two that do not agree, or more bits than an index has.
+    """
     if codebook_size is None and dim is None:
-        raise ValueError("LFQ needs dim, or codebook_size = 2^dim")
+        raise ValueError("binary codes need dim, or codebook_size = 2^dim")
     if codebook_size is not None:
         if codebook_size < 2 or codebook_size & (codebook_size - 1):
             raise ValueError(f"codebook_size must be a power of 2 and at least 2, got {codebook_size}")
@@ -123,6 +132,8 @@ def _number_of_bits(codebook_size: int | None, dim: int | None) -> int:
             raise ValueError(f"codebook_size must be 2^dim: {codebook_size} is 2^{bits}, but dim is {dim}")
         dim = bits
     assert dim is not None
+    if dim < 1:
+        raise ValueError(f"dim must be at least 1, got {dim}")
     if dim > _MAX_DIM:
         raise ValueError(f"dim must be at most {_MAX_DIM}, got {dim}: indices are int64")
     return dim

@@ -37,9 +37,11 @@ class SCQ(Quantizer):
     code is p, some ``support_size`` real numbers, so SCQ is no match in rate for VQ of the same codebook size. The
     metric ``hard_gap`` tells how far the two are apart. As lambda grows z_q tends to c_{k*} and its gradient to zero.
 
-    Constants and code of the paper are not public. The relaxation alone is a poor solution of the problem (its error is
-    far above the optimum's), hence the ``refined`` default; with ``solver="relaxed"`` use ``loss="none"``. What the
-    solvers came to in an autoencoder is in ``docs/collapse.md``.
+    Of the paper are known the problem, that its scalable algorithm relaxes it at a cost of O(V^3), and that codes are
+    not rounded afterwards; its constants, its losses, how it projects and its code are not public. ``relaxed`` is one
+    reading of that description: minimise without the constraints, then project on the simplex. By itself it is a poor
+    solution of the problem (its error is far above the optimum's), hence the ``refined`` default; with
+    ``solver="relaxed"`` use ``loss="none"``. What the solvers came to in an autoencoder is in ``docs/collapse.md``.
 
     Metrics beside ``usage`` and ``perplexity`` (of k*): ``quantization_error`` mean :math:`(z - z_q)^2`; ``hard_gap``
     mean :math:`(z_q - c_{k*})^2` of the soft z_q; ``support_size``, the mean number of non-zero weights;
@@ -52,7 +54,7 @@ class SCQ(Quantizer):
         dim: D.
         lambda_: the regularisation; give it, or ``lambda_rel``, or neither.
         lambda_rel: lambda as a multiple of the mean :math:`|c_k|^2`, hence of the codebook's scale; 0.1 by default.
-        solver: ``refined``, ``exact`` or ``relaxed`` (the paper's scalable algorithm as published); see
+        solver: ``refined``, ``exact`` or ``relaxed`` (our reading of the paper's scalable algorithm); see
             :func:`tessella.ops.convex.convex_combination`.
         num_refine_steps: accelerated steps of the refined solver.
         tolerance: of the exact solver, relative to the codes' size.

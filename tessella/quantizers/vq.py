@@ -34,9 +34,12 @@ class VQ(LearnedCodebook):
         entropy_weight: w_h.
         entropy_temperature: of the softmax over codes.
         metric: ``"cosine"`` divides z and the codes by their norms first (ViT-VQGAN, LlamaGen); ``codebook`` and
-            ``z_q`` then are the unit vectors.
+            ``z_q`` then are the unit vectors, and so is the start of the learned ones: a step of given size turns a
+            shorter vector further.
         estimator: ``"straight_through"``, or ``"rotation"`` (arXiv 2410.06424).
-        codebook_init: ``"random"`` is uniform in +-1/V; ``"kmeans"`` takes the first training batch.
+        codebook_init: ``"random"`` is uniform in +-``init_scale``; ``"kmeans"`` takes the first training batch.
+        init_scale: largest entry of a code at the start; None is 1/V, that of the VQGAN family. Codes much smaller than
+            the learning rate go where the first step sends them.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class VQ(LearnedCodebook):
         metric: Metric = "euclidean",
         estimator: Estimator = "straight_through",
         codebook_init: CodebookInit = "random",
+        init_scale: float | None = None,
     ) -> None:
         super().__init__(
             codebook_size,
@@ -63,15 +67,19 @@ class VQ(LearnedCodebook):
         check_weights(entropy_weight=entropy_weight)
         check_positive("entropy_temperature", entropy_temperature)
         check_choice("metric", metric, Metric)
+        if init_scale is not None:
+            check_positive("init_scale", init_scale)
         self.entropy_weight = entropy_weight
         self.entropy_temperature = entropy_temperature
         self.metric: Metric = metric
+        self.init_scale = 1 / codebook_size if init_scale is None else init_scale
         self.embedding = nn.Parameter(torch.empty(codebook_size, dim))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """See :meth:`Quantizer.reset_parameters`."""
-        nn.init.uniform_(self.embedding, -1 / self.codebook_size, 1 / self.codebook_size)
+        with torch.no_grad():
+            self._set_codes(self.embedding.uniform_(-self.init_scale, self.init_scale))
         self._mark_fitted(False)
 
     @property
@@ -101,4 +109,4 @@ class VQ(LearnedCodebook):
 
     @torch.no_grad()
     def _set_codes(self, codes: Tensor) -> None:
-        self.embedding.copy_(codes)
+        self.embedding.copy_(self._scaled(codes))

@@ -83,6 +83,15 @@ def test_training_drops_conditions_at_the_rate_it_says(name: str) -> None:
 
 
 @conditional
+def test_training_on_nothing_is_refused(name: str) -> None:
+    conditioner = make(name).train()
+    with pytest.raises(ValueError, match=rf'must give one for each sample, as batch\["{conditioner.batch_key}"\]'):
+        conditioner(None, 4)
+    make(name, dropout=1.0).train()(None, 4)  # which would drop it anyway
+    make("none").train()(None, 4)
+
+
+@conditional
 def test_all_or_nothing_dropout(name: str) -> None:
     for dropout in (0.0, 1.0):
         conditioner = make(name, dropout=dropout).train()

@@ -107,7 +107,7 @@ class TestMap:
         labels, context = torch.tensor([[[[3, 0], [2, 0]]]]), model.fine.conditioner(None, 1)
         before = model.fine(labels, context)
         with torch.no_grad():
-            model.fine.head.weight[12 + 5] = 0
+            model.fine.head[1].weight[5] = 0
         after = model.fine(labels, context)
         assert (after != before).nonzero()[:, 1:].tolist() == [[1, 5], [3, 5]]
 

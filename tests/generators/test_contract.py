@@ -11,8 +11,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tessella import config
 from tessella.generators.base import Generator
+from tessella.generators.masked_bits import MaskedBits
 from tessella.generators.maskgit import MaskGIT
-from tessella.generators.sampling import generators
+from tessella.generators.sampling import generators, sample_seed
 
 from .examples import EXAMPLES, NUM_CLASSES, Example, missing_examples
 
@@ -27,7 +28,7 @@ def indices(example: Example, batch_size: int = 3, seed: int = 0) -> Tensor:
 
 
 def labels(example: Example, batch_size: int = 3) -> Tensor | None:
-    return torch.arange(batch_size) % NUM_CLASSES if example.conditional else None
+    return example.condition(batch_size)
 
 
 def lively(example: Example) -> Generator:
@@ -109,6 +110,54 @@ def test_sampling_is_evaluation_whatever_the_mode(example: Example) -> None:
 
 
 @every
+def test_randomness_in_every_form(example: Example) -> None:
+    generator, condition = lively(example), labels(example)
+    own = [sample_seed(7, row) for row in range(3)]
+    expected = generator.sample(condition, rng=generators(own))
+    count = 1 if condition is None else 3  # a seed does not say how many
+    assert torch.equal(generator.sample(condition, rng=7), expected[:count])
+    assert torch.equal(generator.sample(condition, rng=tuple(generators(own))), expected)
+    one = torch.Generator().manual_seed(3)
+    first, second = generator.sample(condition, rng=one), generator.sample(condition, rng=one)
+    assert not torch.equal(first, second), "a generator moves on"
+    assert torch.equal(generator.sample(condition, rng=torch.Generator().manual_seed(3)), first)
+    torch.manual_seed(5)
+    third, fourth = generator.sample(condition), generator.sample(condition)
+    assert len(third) == count
+    assert not torch.equal(third, fourth)
+    torch.manual_seed(5)
+    assert torch.equal(generator.sample(condition), third)
+    with pytest.raises(ValueError, match="a seed must be at least 0, got -1"):
+        generator.sample(condition, rng=-1)
+
+
+@every
+def test_every_linear_layer_is_called_as_a_module(example: Example) -> None:
+    """Else a hook, an adapter or sharding of parameters would pass it by."""
+    generator = lively(example)
+    called: set[str] = set()
+    layers = {name: layer for name, layer in generator.named_modules() if isinstance(layer, nn.Linear)}
+    for name, layer in layers.items():
+        layer.register_forward_hook(lambda *_, name=name: called.add(name))
+    for run in (
+        lambda: generator(indices(example), labels(example)),
+        lambda: generator.sample(labels(example), rng=generators(range(3))),
+        lambda: generator.bits(indices(example), labels(example)),
+    ):
+        called.clear()
+        run()
+        assert called == set(layers)
+
+
+@conditional
+def test_training_without_its_condition_is_refused(example: Example) -> None:
+    generator = lively(example)
+    generator(indices(example), None)  # evaluation may
+    with pytest.raises(ValueError, match=r'Label got no condition to train with.*as batch\["label"\]'):
+        generator.train()(indices(example), None)
+
+
+@every
 def test_guidance_1_is_none(example: Example) -> None:
     generator, condition = lively(example), labels(example)
     plain = generator.sample(condition, rng=generators(range(3)))
@@ -132,7 +181,7 @@ def test_guidance_and_condition_matter(example: Example) -> None:
 def test_temperature_0_needs_no_luck(example: Example) -> None:
     generator, condition = lively(example), labels(example)
     for part in generator.modules():
-        if isinstance(part, MaskGIT):
+        if isinstance(part, MaskGIT | MaskedBits):
             part.choice_temperature = 0.0
     first = generator.sample(condition, rng=generators([1, 2, 3]), temperature=0)
     assert torch.equal(first, generator.sample(condition, rng=generators([4, 5, 6]), temperature=0))

@@ -262,6 +262,48 @@ def test_confidence_is_that_of_the_logits_before_temperature_and_truncation(monk
     torch.testing.assert_close(seen[0], logits.log_softmax(-1)[15].expand(1, 16))
 
 
+def shown_after(model: MaskGIT, monkeypatch: pytest.MonkeyPatch, seed: int = 0, **settings: Any) -> list[set[int]]:
+    """The positions that are not hidden after each step but the last."""
+    shown: list[set[int]] = []
+
+    def noted(confidence: Tensor, masked: Tensor, progress: float) -> Tensor:
+        hidden = least_confident(confidence, masked, progress)
+        shown.append(set((~hidden[0]).nonzero()[:, 0].tolist()))
+        return hidden
+
+    monkeypatch.setattr(maskgit, "least_confident", noted)
+    model.sample(torch.tensor([0]), rng=generators([seed]), **settings)
+    return shown
+
+
+def test_the_even_order_is_fixed_and_that_of_the_code_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    order = low_discrepancy_order((4, 4, 1)).tolist()
+    by_argument = shown_after(make(), monkeypatch, order="even")
+    for shown in by_argument:
+        assert shown == set(order[: len(shown)])
+    assert by_argument == shown_after(make(order="even"), monkeypatch, seed=1)
+    assert by_argument != shown_after(make(), monkeypatch)
+
+
+def test_the_random_order_is_that_of_boundless_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Gumbel noise rises with the number it is made of, so beside 1e9 of it confidence counts for nothing.
+    by_noise = shown_after(make(), monkeypatch, choice_temperature=1e9)
+    assert shown_after(make(), monkeypatch, order="random") == by_noise
+    assert shown_after(make(choice_temperature=1e9), monkeypatch) == by_noise
+    assert by_noise != shown_after(make(), monkeypatch, order="random", seed=1)
+
+
+def test_norm_placement() -> None:
+    post, pre = make(), make(norm="pre")
+    assert post.transformer.norm is None
+    assert pre.transformer.norm is not None
+    # Before the layers: with nothing in them the sum passes unchanged to the last norm.
+    for layer in (part for block in pre.transformer.blocks for part in (block.attention.out, block.feed_forward.down)):
+        torch.nn.init.zeros_(layer.weight)
+    x = torch.randn(1, 17, 32)
+    torch.testing.assert_close(pre.transformer(x), pre.transformer.norm(x))
+
+
 def test_guidance_may_depend_on_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make()
     recorder = Recorder(model, torch.zeros(16), monkeypatch)
@@ -325,6 +367,8 @@ def test_bits_given_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"min_mask_ratio": -0.1}, r"min_mask_ratio must lie in \[0, 1\], got -0.1"),
         ({"num_steps": 0}, "num_steps must be at least 1, got 0"),
         ({"choice_temperature": -1.0}, "choice_temperature must be >= 0, got -1.0"),
+        ({"order": "raster"}, "unknown order 'raster'; choose one of: confidence, random, even"),
+        ({"norm": "sandwich"}, "unknown norm 'sandwich'; choose one of: post, pre"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:
@@ -336,6 +380,10 @@ def test_bad_sampling_settings() -> None:
     model = make()
     with pytest.raises(ValueError, match="num_steps must be at least 1, got 0"):
         model.sample(None, rng=generators([0]), num_steps=0)
+    with pytest.raises(ValueError, match="unknown order 'raster'"):
+        model.sample(None, rng=generators([0]), order="raster")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="choice_temperature must be >= 0, got nan"):
+        model.sample(None, rng=generators([0]), choice_temperature=float("nan"))
     with pytest.raises(ValueError, match="guidance must be >= 0"):
         model.sample(None, rng=generators([0]), guidance=-1.0)
     with pytest.raises(ValueError, match="top_k must lie in"):

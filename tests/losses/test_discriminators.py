@@ -130,6 +130,17 @@ def test_minibatch_groups_divide_the_batch(batch: int, group: int) -> None:
     torch.testing.assert_close(minibatch_stddev(x).flatten(), expected)
 
 
+def test_a_stylegan_logit_knows_other_pictures_by_their_deviation_alone() -> None:
+    torch.manual_seed(0)
+    model = StyleGAN(16, 4)
+    x = torch.randn(4, 3, 16, 16)
+    other = torch.cat([x[:1], torch.randn(3, 3, 16, 16)])
+    assert not torch.allclose(model(x)[0], model(other)[0])
+    with torch.no_grad():
+        model.conv_out.weight[:, -1] = 0
+    torch.testing.assert_close(model(x)[0], model(other)[0])
+
+
 def test_minibatch_stddev_has_a_finite_gradient_on_equal_pictures() -> None:
     x = torch.ones(4, 2, 3, 3, requires_grad=True)
     minibatch_stddev(x).sum().backward()

@@ -10,9 +10,11 @@ from tessella.quantizers import Quantizer
 VQ_SPEC = {"name": "vq", "codebook_size": 16, "dim": 4}
 
 EXAMPLES: dict[str, list[dict[str, Any]]] = {
+    "bsq": [{"dim": 6}, {"codebook_size": 64, "dim": 6, "entropy_group_bits": 4, "commitment_weight": 0.25}],
     "ema": [
         {"codebook_size": 16, "dim": 4},
         {"codebook_size": 16, "dim": 4, "unit_norm": True, "dead_codes": "split"},
+        {"codebook_size": 16, "dim": 4, "dead_codes": "split", "codebook_init": "kmeans", "init_count": 100.0},
         {"codebook_size": 16, "dim": 4, "dead_codes": "revive", "estimator": "rotation", "codebook_init": "kmeans"},
     ],
     "fsq": [
@@ -39,11 +41,13 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
         {"codebook_size": 16, "dim": 4, "solver": "exact"},
     ],
     "simvq": [{"codebook_size": 16, "dim": 4}, {"codebook_size": 16, "dim": 4, "estimator": "rotation"}],
+    "uvim_vq": [{"codebook_size": 16, "dim": 4}, {"codebook_size": 16, "dim": 4, "dead_codes": "keep"}],
     "vq": [
         {"codebook_size": 16, "dim": 4},
         {"codebook_size": 16, "dim": 4, "entropy_weight": 0.1, "entropy_temperature": 0.5},
         {"codebook_size": 16, "dim": 4, "metric": "cosine", "entropy_weight": 0.1, "estimator": "rotation"},
         {"codebook_size": 16, "dim": 4, "codebook_init": "kmeans"},
+        {"codebook_size": 16, "dim": 4, "init_scale": 0.5},
     ],
 }
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import tessella.quantizers
 from tessella import registry
@@ -372,6 +373,35 @@ def test_state_dict_round_trip(case: Case) -> None:
 
 
 @every
+def test_an_averaged_copy_is_whole(case: Case) -> None:
+    """Made before the first batch as a training loop does, updated after every step, saved and loaded."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, make(case).dim), make(case))
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    for step in range(3):
+        optimizer.zero_grad()
+        out = model(torch.randn(64, 5, generator=torch.Generator().manual_seed(step)))
+        (out.loss + out.z_q.square().sum()).backward()
+        optimizer.step()
+        end_of_step(model[1])
+        averaged.update_parameters(model)
+    z = torch.randn(30, 5, generator=torch.Generator().manual_seed(9))
+    expected = averaged.module.eval()(z)
+    assert expected.loss.isfinite()
+    for path in (averaged, averaged.module):
+        torch.manual_seed(1)
+        other = nn.Sequential(nn.Linear(5, make(case).dim), make(case))
+        wrapped = AveragedModel(other) if path is averaged else other
+        wrapped.load_state_dict(path.state_dict())
+        other = wrapped.module if path is averaged else wrapped
+        found = other.eval()(z)
+        assert torch.equal(found.indices, expected.indices)
+        assert torch.equal(found.z_q, expected.z_q)
+        assert torch.equal(found.loss, expected.loss)
+
+
+@every
 def test_a_fresh_copy_has_codes_of_its_own(case: Case) -> None:
     quantizer = ready(case)
     learned = [key for key, value in quantizer.state_dict().items() if value.ndim > 1]
@@ -401,6 +431,8 @@ def test_bad_input(case: Case) -> None:
         quantizer(z.long())
     with pytest.raises(ValueError, match=f"last axis of z must be dim = {quantizer.dim}"):
         quantizer(torch.zeros(5, quantizer.dim + 1))
+    with pytest.raises(ValueError, match=r"latents are channels-last, \[B, \*S, D\]"):
+        quantizer(torch.zeros(2, quantizer.dim, 16, quantizer.dim + 2))
     with pytest.raises(ValueError, match="last axis of z must be dim"):
         quantizer(torch.tensor(1.0))
     for bad in (float("nan"), float("inf"), -float("inf")):
@@ -450,7 +482,7 @@ def bad_options() -> list[tuple[str, str, Any]]:
         for option in inspect.signature(cls).parameters:
             if option.endswith("_weight"):
                 found += [(name, option, -0.1), (name, option, float("nan"))]
-            if option.endswith("temperature") or option == "scale":
+            if option.endswith("temperature") or option in ("scale", "init_scale", "init_count"):
                 found += [(name, option, 0.0), (name, option, -1.0), (name, option, float("inf"))]
             if option in ("metric", "estimator", "codebook_init", "dead_codes", "convention"):
                 found.append((name, option, "nonesuch"))

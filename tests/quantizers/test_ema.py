@@ -54,6 +54,33 @@ def test_micro_batches_count_as_one_step() -> None:
     torch.testing.assert_close(parts.codebook, whole.codebook)
 
 
+def test_how_far_the_first_update_goes_is_a_matter_of_the_start() -> None:
+    # 13 vectors at 1 to a code at 0 with d = 0.99: 13 / (0.99 c + 13) of the way, 93 % or 12 %.
+    for count, share in ((1.0, 13 / 13.99), (100.0, 13 / 112)):
+        ema = EMAVQ(2, 1, init_count=count, codebook_init="kmeans")
+        ema.fit(torch.tensor([[0.0], [9.0]]))
+        ema(torch.ones(13, 1))
+        ema.after_step()
+        assert ema.codebook.sort(0).values[0].item() == pytest.approx(share)
+    with pytest.raises(ValueError, match="init_count must be above 0 and finite, got 0"):
+        EMAVQ(2, 1, init_count=0.0)
+
+
+def test_the_start_of_a_public_implementation() -> None:
+    torch.manual_seed(0)
+    reference = VectorQuantize(dim=4, codebook_size=12, decay=0.9, rotation_trick=False, eps=0.0)
+    ema = EMAVQ(12, 4, decay=0.9, init_count=10.0)
+    ema.sums.copy_(10 * reference.codebook)
+    reference._codebook.cluster_size.fill_(1.0)
+    reference._codebook.embed_avg.copy_(reference._codebook.embed)
+    for _ in range(20):
+        z = torch.randn(1, 100, 4)
+        reference(z)
+        ema(z)
+        ema.after_step()
+    torch.testing.assert_close(ema.codebook, reference.codebook, rtol=1e-4, atol=1e-5)
+
+
 def test_evaluation_collects_nothing() -> None:
     ema = EMAVQ(4, 2).eval()
     before = ema.codebook.clone()

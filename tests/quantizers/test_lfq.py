@@ -81,6 +81,15 @@ def test_groups_bound_the_joint_entropy_and_meet_it_when_independent() -> None:
         torch.testing.assert_close(lfq(signs).metrics["batch_entropy"], exact, rtol=0, atol=2e-4)
 
 
+def test_the_default_sees_collapse_that_single_bits_cannot() -> None:
+    assert [LFQ(dim=dim).entropy_group_bits for dim in (3, 10, 16)] == [3, 10, 10]
+    # Two opposite codes of 256: every bit is set half of the time, so bit by bit all 8 ln 2 = 5.55 nats seem used.
+    z = torch.tensor([[5.0] * 8, [-5.0] * 8])
+    bit_by_bit = LFQ(dim=8, entropy_group_bits=1)(z).metrics["batch_entropy"].item()
+    assert bit_by_bit == pytest.approx(8 * math.log(2), abs=1e-3)
+    assert LFQ(dim=8)(z).metrics["batch_entropy"].item() == pytest.approx(math.log(2), abs=1e-3)
+
+
 def test_bit_entropy_is_stable() -> None:
     logits = torch.tensor([[-1e4, 1e4, 0.0, 30.0]], requires_grad=True)
     entropy = bit_entropy(logits, None)
@@ -123,7 +132,7 @@ def test_no_table_is_needed_for_many_bits() -> None:
 
 
 def test_bad_sizes() -> None:
-    with pytest.raises(ValueError, match="LFQ needs dim, or codebook_size"):
+    with pytest.raises(ValueError, match="binary codes need dim, or codebook_size"):
         LFQ()
     for size in (0, 1, 12, -4):
         with pytest.raises(ValueError, match=f"codebook_size must be a power of 2 and at least 2, got {size}"):

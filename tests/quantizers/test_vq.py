@@ -163,6 +163,21 @@ def test_tokens_and_gradients_of_a_public_implementation() -> None:
     torch.testing.assert_close(vq.embedding.grad, reference_codes[0])
 
 
+def test_random_start() -> None:
+    assert VQ(64, 3).embedding.abs().max() <= 1 / 64
+    assert VQ(64, 3).embedding.abs().max() > 0.9 / 64
+    assert VQ(64, 3, init_scale=0.5).embedding.abs().max().item() == pytest.approx(0.5, rel=0.05)
+    with pytest.raises(ValueError, match="init_scale must be above 0 and finite, got 0"):
+        VQ(64, 3, init_scale=0.0)
+
+
+def test_cosine_codes_start_as_unit_vectors() -> None:
+    vq = VQ(64, 8, metric="cosine")
+    torch.testing.assert_close(vq.embedding.norm(dim=-1), torch.ones(64))
+    vq.reset_parameters()
+    torch.testing.assert_close(vq.embedding.norm(dim=-1), torch.ones(64))
+
+
 def clusters(count: int, per_cluster: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
     rng = torch.Generator().manual_seed(seed)
     means = 10 * torch.randn(count, 3, generator=rng)
@@ -224,9 +239,43 @@ class TestKMeansInit:
         with pytest.raises(RuntimeError, match="not fitted"):
             other(torch.zeros(1, 3))
 
+    def test_codes_from_before_the_option_are_fitted(self) -> None:
+        random, vq = VQ(8, 3), self.quantizer().eval()
+        vq.load_state_dict(random.state_dict())
+        assert torch.equal(vq(torch.zeros(1, 3)).z_q, random(torch.zeros(1, 3)).z_q)
+        unfitted = self.quantizer().eval()
+        unfitted.load_state_dict({}, strict=False)
+        with pytest.raises(RuntimeError, match="not fitted"):
+            unfitted(torch.zeros(1, 3))
+
+    def test_a_copied_buffer_is_enough_also_for_a_compiled_graph(self) -> None:
+        fitted, copied = self.quantizer(), self.quantizer().eval()
+        fitted.fit(torch.randn(30, 3))
+        compiled = torch.compile(copied, fullgraph=True, backend="eager")
+        z = torch.randn(20, 3)
+        with pytest.raises(RuntimeError, match="not fitted"):
+            compiled(z)
+        for own, theirs in zip(copied.state_dict().values(), fitted.state_dict().values(), strict=True):
+            own.copy_(theirs)
+        assert torch.equal(compiled(z).indices, fitted.eval()(z).indices)
+
+    def test_a_loaded_state_can_be_compiled_at_once(self) -> None:
+        fitted, other = self.quantizer(), self.quantizer()
+        fitted.fit(torch.randn(30, 3))
+        compiled = torch.compile(other, fullgraph=True, backend="eager")
+        other.load_state_dict(fitted.state_dict())
+        z = torch.randn(20, 3)
+        assert torch.equal(compiled(z).indices, fitted(z).indices)
+
+    def test_no_step_after_the_first_asks_the_device(self) -> None:
+        vq = self.quantizer()
+        vq(torch.randn(20, 3))
+        vq.fitted = vq.fitted.to("meta")  # which has no value to read
+        vq(torch.randn(20, 3))
+
     def test_cosine_codes_are_unit_vectors(self) -> None:
         vq = VQ(8, 3, codebook_init="kmeans", metric="cosine")
         _, points = clusters(8, 20)
         out = vq(points)
-        torch.testing.assert_close(vq.codebook.norm(dim=-1), torch.ones(8))
+        torch.testing.assert_close(vq.embedding.norm(dim=-1), torch.ones(8))
         assert out.metrics["quantization_error"] < 1e-3
