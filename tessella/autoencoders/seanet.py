@@ -211,7 +211,9 @@ class CausalConv(nn.Module):
         causal: bool = True, pad_mode: PadMode = "reflect",
     ) -> None:  # fmt: skip
         super().__init__()
-        self.conv = weight_norm(nn.Conv1d(in_channels, out_channels, kernel, stride=stride, dilation=dilation))
+        conv = nn.Conv1d(in_channels, out_channels, kernel, stride=stride, dilation=dilation)
+        _keep_variance(conv, in_channels * kernel)
+        self.conv = weight_norm(conv)
         self.stride = stride
         self.padding = (kernel - 1) * dilation - (stride - 1)
         self.causal = causal
@@ -247,7 +249,9 @@ class CausalTransposed(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, *, causal: bool = True) -> None:
         super().__init__()
-        self.conv = weight_norm(nn.ConvTranspose1d(in_channels, out_channels, 2 * stride, stride=stride))
+        conv = nn.ConvTranspose1d(in_channels, out_channels, 2 * stride, stride=stride)
+        _keep_variance(conv, 2 * in_channels)
+        self.conv = weight_norm(conv)
         self.stride = stride
         self.causal = causal
 
@@ -295,6 +299,17 @@ class _LSTM(nn.Module):
             memory[self] = state
         mixed: Tensor = x + out.mT
         return mixed
+
+
+def _keep_variance(conv: nn.Conv1d | nn.ConvTranspose1d, num_inputs: int) -> None:
+    """Weights N(0, 1 / num_inputs) and no bias.
+
+    With torch's own defaults speech would leave the encoder a fifteenth as strong as it entered, below the biases, and
+    a quantizer would find one code nearest to all of it.
+    """
+    nn.init.normal_(conv.weight, std=num_inputs**-0.5)
+    assert conv.bias is not None
+    nn.init.zeros_(conv.bias)
 
 
 def pad_reflecting(x: Tensor, widths: tuple[int, int]) -> Tensor:

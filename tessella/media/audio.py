@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tessella.checkpoint import write_bytes
+from tessella.storage import write_bytes
 from tessella.data.sound import open_sound
 from tessella.errors import ConfigError
 from tessella.evaluation.base import Metrics
