@@ -11,12 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.parametrizations import weight_norm
 
-from tessella.autoencoders.base import Autoencoder
+from tessella.autoencoders.base import Autoencoder, Memory
 
 PadMode = Literal["reflect", "constant"]
 Shortcut = Literal["conv", "identity"]
-# What each layer keeps from one chunk of a stream to the next; filled by the first chunk.
-Memory = dict[nn.Module, tuple[Tensor, ...]]
 
 
 class SEANet(Autoencoder):
@@ -67,7 +65,8 @@ class SEANet(Autoencoder):
         self.in_channels = in_channels
         self.latent_dim = latent_dim
         self.stride = math.prod(strides)
-        self.causal = causal
+        self.causal = self.chunks_encoder = self.chunks_decoder = causal
+        self.first_chunk = kernel
         self.encoder = SEANetEncoder(in_channels, channels, latent_dim, strides, layers)
         self.decoder = SEANetDecoder(in_channels, channels, latent_dim, strides, layers)
 
@@ -77,7 +76,9 @@ class SEANet(Autoencoder):
         Raises:
             ValueError: another shape, or no sample.
         """
-        return self.encode_chunk(x, None)
+        check_wave(x, self.in_channels)
+        latent: Tensor = self.encoder(x).mT
+        return latent
 
     def decode(self, latent: Tensor) -> Tensor:
         """``[B, t, E]`` to ``[B, C, t stride]``.
@@ -85,27 +86,23 @@ class SEANet(Autoencoder):
         Raises:
             ValueError: another shape.
         """
-        return self.decode_chunk(latent, None)
+        check_latent(latent, self.latent_dim)
+        x_hat: Tensor = self.decoder(latent.mT)
+        return x_hat
 
-    def encode_chunk(self, x: Tensor, memory: Memory | None) -> Tensor:
-        """:meth:`encode` of what follows the chunks that ``memory`` has seen; of a causal one alone.
-
-        Raises:
-            ValueError: see :meth:`encode`; a memory with a model that is not causal.
-        """
+    def encode_chunk(self, x: Tensor, memory: Memory) -> Tensor:
+        """See :meth:`Autoencoder.encode_chunk`."""
+        if not self.causal:
+            return super().encode_chunk(x, memory)
         check_wave(x, self.in_channels)
-        check_streamable(self.causal, memory)
         latent: Tensor = self.encoder(x, memory).mT
         return latent
 
-    def decode_chunk(self, latent: Tensor, memory: Memory | None) -> Tensor:
-        """:meth:`decode` of what follows the chunks that ``memory`` has seen; of a causal one alone.
-
-        Raises:
-            ValueError: see :meth:`decode`; a memory with a model that is not causal.
-        """
+    def decode_chunk(self, latent: Tensor, memory: Memory) -> Tensor:
+        """See :meth:`Autoencoder.decode_chunk`."""
+        if not self.causal:
+            return super().decode_chunk(latent, memory)
         check_latent(latent, self.latent_dim)
-        check_streamable(self.causal, memory)
         x_hat: Tensor = self.decoder(latent.mT, memory)
         return x_hat
 
@@ -342,9 +339,3 @@ def check_latent(latent: Tensor, latent_dim: int) -> None:
     """Raise ValueError unless ``latent`` is ``[B, t, latent_dim]`` with at least one position."""
     if latent.ndim != 3 or latent.shape[2] != latent_dim or not latent.shape[1]:
         raise ValueError(f"latent must be [B, t, {latent_dim}] with t at least 1, got {list(latent.shape)}")
-
-
-def check_streamable(causal: bool, memory: Memory | None) -> None:
-    """Raise ValueError where a model that is not causal is given a memory."""
-    if memory is not None and not causal:
-        raise ValueError("a model that is not causal cannot go on from a memory; it needs what follows")

@@ -9,16 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tessella.autoencoders.base import Autoencoder
+from tessella.autoencoders.base import Autoencoder, Memory
 from tessella.autoencoders.seanet import (
     Layers,
-    Memory,
     PadMode,
     SEANetEncoder,
     Shortcut,
     check_latent,
     check_sizes,
-    check_streamable,
     check_strides,
     check_wave,
 )
@@ -80,7 +78,8 @@ class Vocos(Autoencoder):
         self.stride = math.prod(strides)
         if n_fft < self.stride or (n_fft - self.stride) % 2 or n_fft % 2:
             raise ValueError(f"n_fft must be even and exceed the stride ({self.stride}) by an even number, got {n_fft}")
-        self.causal = causal
+        self.chunks_encoder = causal
+        self.first_chunk = kernel
         self.n_fft = n_fft
         layers = Layers(num_res_layers, kernel, res_kernel, num_lstm_layers, shortcut, causal, pad_mode)
         self.encoder = SEANetEncoder(1, channels, latent_dim, strides, layers)
@@ -95,16 +94,15 @@ class Vocos(Autoencoder):
         Raises:
             ValueError: another shape, or no sample.
         """
-        return self.encode_chunk(x, None)
-
-    def encode_chunk(self, x: Tensor, memory: Memory | None) -> Tensor:
-        """:meth:`encode` of what follows the chunks that ``memory`` has seen; of a causal encoder alone.
-
-        Raises:
-            ValueError: see :meth:`encode`; a memory with an encoder that is not causal.
-        """
         check_wave(x, 1)
-        check_streamable(self.causal, memory)
+        latent: Tensor = self.encoder(x).mT
+        return latent
+
+    def encode_chunk(self, x: Tensor, memory: Memory) -> Tensor:
+        """See :meth:`Autoencoder.encode_chunk`."""
+        if not self.chunks_encoder:
+            return super().encode_chunk(x, memory)
+        check_wave(x, 1)
         latent: Tensor = self.encoder(x, memory).mT
         return latent
 

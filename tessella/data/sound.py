@@ -100,3 +100,25 @@ def trim_silence(wave: np.ndarray[Any, Any], sample_rate: int, below_db: float) 
     power = np.add.reduceat(np.square(wave, dtype=np.float64), starts) / size
     loud = np.flatnonzero(power > power.max() * 10 ** (-below_db / 10))
     return wave if not len(loud) else wave[starts[loud[0]] : starts[loud[-1]] + size]
+
+
+def sound_chunks(path: Path, sample_rate: int, *, chunk_sec: float = 10.0) -> Iterator[np.ndarray[Any, Any]]:
+    """The mono samples of a file at ``sample_rate``, in order, about ``chunk_sec`` of them at a time.
+
+    Raises:
+        UnreadableImage: see :func:`open_sound`.
+        ModuleNotFoundError: soundfile or soxr is missing.
+    """
+    with open_sound(path, str(path)) as sound:
+        size = max(1, round(chunk_sec * sound.rate))
+        if sound.rate == sample_rate:
+            for start in range(0, sound.num_frames, size):
+                yield sound.read(start, min(size, sound.num_frames - start), sample_rate)
+            return
+        resampler = require("soxr", extra="audio").ResampleStream(sound.rate, sample_rate, 1, quality="HQ")
+        for start in range(0, sound.num_frames, size):
+            last = start + size >= sound.num_frames
+            piece = sound.read(start, min(size, sound.num_frames - start), sound.rate)
+            resampled = resampler.resample_chunk(piece, last=last)
+            if len(resampled):
+                yield resampled

@@ -19,7 +19,8 @@ def track_pitch(x: Tensor, sample_rate: int) -> Tensor:
     .. math:: c(l) = \\frac{\\sum_n x_n x_{n+l}}{\\sqrt{\\sum_n x_n^2 \\sum_n x_{n+l}^2}}
 
     (Talkin's RAPT, 1995, without its dynamic programming). It is voiced where its level is above -60 dB of full scale
-    and the largest c between the lags of 550 and 50 Hz is at least 0.5; the pitch is the shortest lag within 0.05 of it.
+    and the highest peak of c between the lags of 550 and 50 Hz is at least 0.5; the pitch is that of the shortest lag
+    with a peak within 0.05 of it.
     """
     size, hop = round(_FRAME_SEC * sample_rate), round(_HOP_SEC * sample_rate)
     shortest, longest = round(sample_rate / _HIGH_HZ), round(sample_rate / _LOW_HZ)
@@ -31,9 +32,11 @@ def track_pitch(x: Tensor, sample_rate: int) -> Tensor:
     energies = torch.nn.functional.pad(frames.square().cumsum(1), (1, 0))
     shifted = energies[:, size : size + longest + 1] - energies[:, : longest + 1]
     correlation = products / (shifted[:, :1] * shifted).clamp(min=1e-20).sqrt()
-    candidates = correlation[:, shortest:]
-    best = candidates.amax(1)
-    lag = shortest + (candidates >= best[:, None] - 0.05).float().argmax(1)
+    candidates = correlation[:, shortest:-1]
+    peaks = (candidates >= correlation[:, shortest - 1 : -2]) & (candidates >= correlation[:, shortest + 1 :])
+    heights = candidates.masked_fill(~peaks, 0)
+    best = heights.amax(1)
+    lag = shortest + (heights >= best[:, None] - 0.05).float().argmax(1)
     loud = shifted[:, 0] / size > 10 ** (_SILENCE_DB / 10)
     return torch.where(loud & (best >= _LEAST_PERIODICITY), sample_rate / lag, 0.0)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -151,18 +152,18 @@ def si_sdr(x: Tensor, x_hat: Tensor) -> float | None:
 
 
 def pesq(x: Tensor, x_hat: Tensor, sample_rate: int) -> float | None:
-    """Wide-band PESQ of ``[T]``; None where it finds no utterance, or less than a quarter of a second.
+    """Wide-band PESQ of ``[T]``; None for silence, where it finds no utterance, or less than a quarter of a second.
 
     Raises:
         ModuleNotFoundError: pesq or soxr is missing.
     """
     package = require("pesq", extra="audio")
+    if not x.any() or not x_hat.any():
+        return None
     pair = [resampled(signal, sample_rate, _PESQ_HZ) for signal in (x, x_hat)]
     try:
         return float(package.pesq(_PESQ_HZ, *pair, "wb"))
     except (package.NoUtterancesError, package.BufferTooShortError):
-        return None
-    except ValueError:  # NaN: a silent reconstruction has no level to be brought to
         return None
 
 
@@ -172,8 +173,6 @@ def stoi(x: Tensor, x_hat: Tensor, sample_rate: int) -> float | None:
     Raises:
         ModuleNotFoundError: pystoi is missing.
     """
-    import warnings
-
     package = require("pystoi", extra="audio")
     if len(x) < _STOI_LEAST_SEC * sample_rate or not x.any():
         return None
