@@ -127,9 +127,9 @@ def test_what_predict_refuses(tmp_path: Path) -> None:
     assert not (run / "predicted").exists()
     with pytest.raises(DataError, match=r"no picture in .*"):
         tessella.predict(run, [tmp_path / "p"])
-    with pytest.raises(ConfigError, match="two pictures are called '000'"):
+    with pytest.raises(ConfigError, match="two files are called '000'"):
         tessella.predict(run, [tmp_path / "p/class_0/000.png", tmp_path / "p/class_0"])
-    with pytest.raises(ConfigError, match="name at least one picture"):
+    with pytest.raises(ConfigError, match="name at least one file"):
         tessella.predict(run, [])
     with pytest.raises(ConfigError, match="temperature must be at least 0"):
         tessella.predict(run, [tmp_path / "p/class_0"], temperature=-1)

@@ -1,4 +1,4 @@
-"""Dense prediction end to end: codes that a generator reads off the picture, in the place of the label's own."""
+"""Dense prediction end to end: codes that a generator reads off the context, in the place of the label's own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from tessella.checkpoint import load_generator, load_recipe, model_folder
 from tessella.conditioners.base import Conditioner
 from tessella.errors import ConfigError
 from tessella.generators.base import Generator
-from tessella.generators.sampling import generators
 from tessella.media._dense import DenseMedium
 from tessella.media.base import Medium
 from tessella.registry import find
@@ -25,10 +24,10 @@ class Predictor(Tokenizer):
     Everything that measures or shows reconstructions therefore measures and shows predictions.
 
     Args:
-        tokenizer: whose decoder sees the picture.
+        tokenizer: whose decoder sees the context.
         generator: writes its codes.
         temperature: 0 takes the likeliest code, as published.
-        seed: row b of a batch draws with ``seed + b``.
+        seed: of the codes, with a temperature.
     """
 
     def __init__(self, tokenizer: Tokenizer, generator: Generator, *, temperature: float = 0.0, seed: int = 0) -> None:
@@ -41,17 +40,16 @@ class Predictor(Tokenizer):
 
     @torch.no_grad()
     def encode(self, x: Tensor, context: Tensor | None = None, *, pad: bool = False) -> Tensor:
-        """Indices ``[B, *S, K]`` for ``context [B, ...]``; of ``x`` only the number of rows counts."""
-        rng = generators(range(self.seed, self.seed + len(x)))
-        return self.generator.sample(context, rng=rng, temperature=self.temperature)
+        """Indices ``[B, *S, K]`` for ``context [B, ...]``; ``x`` has no part in them."""
+        return self.generator.sample(context, rng=self.seed, temperature=self.temperature)
 
     def predict(self, context: Tensor) -> Tensor:
-        """Outputs ``[B, C, H, W]`` for pictures ``context [B, 3, H, W]``."""
+        """Outputs ``[B, C, H, W]`` for ``context [B, ...]``."""
         return self.decode(self.encode(context, context), context)
 
 
 def predicts(model: Path) -> bool:
-    """Whether a generator's run or model is one of dense prediction: it reads a picture.
+    """Whether a generator's run or model is one of dense prediction: it reads a context.
 
     Raises:
         CheckpointError: there is none.
@@ -74,16 +72,16 @@ def load_predictor(
     """
     generator, tokenizer = load_generator(model, device=device)
     if not tokenizer.autoencoder.takes_context:
-        raise ConfigError(f"{model} generates signals from nothing: its tokenizer sees no picture; see tessella sample")
+        raise ConfigError(f"{model} predicts nothing: its tokenizer takes no context; see tessella sample")
     return Predictor(tokenizer.eval(), generator.eval(), temperature=temperature, seed=seed).eval(), tokenizer
 
 
 def dense(medium: Medium) -> DenseMedium:
-    """``medium``, which must be one of labels of pictures.
+    """``medium``, which must be one of dense labels.
 
     Raises:
         ConfigError: it is another.
     """
     if not isinstance(medium, DenseMedium):
-        raise ConfigError(f"medium {type(medium).__name__} has no labels of pictures")
+        raise ConfigError(f"medium {type(medium).__name__} has no dense labels")
     return medium

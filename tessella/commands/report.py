@@ -95,7 +95,7 @@ def _report_generator(model: Path, *, data: str | None, out: Path, device: str |
 
 
 def _show_predictions(model: Path, *, data: str | None, out: Path, device: str | None) -> Section:
-    """Pictures, labels, oracle and predictions, and the numbers of all predictions."""
+    """Contexts, labels, oracle and predictions, and the numbers of all predictions."""
     record = evaluate(model, data=data, out=out, device=device).reconstruction
     assert record is not None
     predictor, oracle = load_predictor(model, device=pick_device(device))

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from tessella.data._dense import DepthSamples, Pair
 from tessella.data._errors import DataError, UnreadableImage
 from tessella.data._splits import check_share, held_out_part
-from tessella.data.base import Split
+from tessella.data.base import Sample, Split
 from tessella.extras import require
 
 # The usual part of a 480 x 640 frame, without its white border: rows 54 to 480, columns 41 to 601.
@@ -92,6 +94,13 @@ class NYUDepth(DepthSamples):
         if depth.shape == _FULL:
             image, depth = image[_CROP], depth[_CROP]
         return Pair(Image.fromarray(np.ascontiguousarray(image)), depth, key)
+
+    def sample(self, index: int, rng: np.random.Generator | None = None) -> Sample:
+        """As everywhere; without ``rng`` also ``depth_m [H, W]``, the depth at its own size, which is scored."""
+        sample = super().sample(index, rng)
+        if rng is None:
+            cast(dict[str, Tensor], sample)["depth_m"] = torch.from_numpy(self.read(index).label.astype(np.float32))
+        return sample
 
     def _open(self) -> Any:
         h5py = require("h5py", extra="data")

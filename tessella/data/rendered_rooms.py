@@ -103,9 +103,9 @@ class Scene(NamedTuple):
 
 
 def random_scene(rng: np.random.Generator, num_textures: int) -> Scene:
-    """A room of 3 to 7 by 4 to 9 m and 2.4 to 3.2 m high, three to seven things on its floor."""
-    width, length, height = rng.uniform((3, 4, 2.4), (7, 9, 3.2))
-    floor = rng.uniform(1.2, 1.7)  # below the camera
+    """A room of 3 to 7 by 4 to 9 m and 2.6 to 3 m high, three to seven things on its floor, a camera held level."""
+    width, length, height = rng.uniform((3, 4, 2.6), (7, 9, 3.0))
+    floor = rng.uniform(1.4, 1.6)  # below the camera
     room = Box(np.array([0, floor - height / 2, length / 2 - 0.4]), np.array([width, height, length]) / 2, inside=True)
     surfaces: list[Box | Sphere] = [room]
     for _ in range(rng.integers(3, 8)):
@@ -116,7 +116,7 @@ def random_scene(rng: np.random.Generator, num_textures: int) -> Scene:
         else:
             half = rng.uniform((0.15, 0.2, 0.15), (0.6, 0.9, 0.6))
             surfaces.append(Box(np.array([x, floor - half[1], z]), half, yaw=rng.uniform(0, np.pi / 2)))
-    camera = Camera(np.zeros(3), yaw=rng.normal(0, 0.25), pitch=rng.normal(0.12, 0.1), focal=rng.uniform(0.75, 1.0))
+    camera = Camera(np.zeros(3), yaw=rng.normal(0, 0.1), pitch=rng.normal(0.1, 0.03), focal=rng.uniform(0.8, 0.9))
     lamp = np.array([rng.uniform(-0.3, 0.3) * width, floor - height + 0.3, rng.uniform(0.2, 0.8) * length])
     textures = rng.integers(0, num_textures, len(surfaces)).tolist()
     tints = rng.uniform(0.2, 1, (len(surfaces), 3))
@@ -147,7 +147,7 @@ def render(scene: Scene, textures: Array, size_px: int, rng: np.random.Generator
         to_lamp = scene.lamp - points
         far = np.linalg.norm(to_lamp, axis=1)
         lit = np.maximum((hit.normal[seen] * to_lamp).sum(1) / far, 0) / (1 + 0.05 * far**2)
-        paint = 0.7 * _look_up(textures[scene.textures[number]], hit.place[seen]) + 0.3 * scene.tints[number]
+        paint = 0.35 * _look_up(textures[scene.textures[number]], hit.place[seen]) + 0.65 * scene.tints[number]
         colour[seen] = paint * (0.3 + 0.9 * lit)[:, None]
     colour = np.clip(colour + rng.normal(0, scene.noise, colour.shape), 0, 1)
     return colour.reshape(size_px, size_px, 3), nearest.reshape(size_px, size_px)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import Tensor
+from torch.nn import functional
 
 from tessella.data.base import Batch
 from tessella.evaluation.base import Metrics, Number
@@ -47,8 +48,16 @@ class DepthMetrics(Metrics):
         self._rows: list[dict[str, float]] = []
 
     def update(self, x: Tensor, x_hat: Tensor, batch: Batch | None = None) -> None:
-        """Score logits ``x_hat [B, num_bins, H, W]`` against planes ``x [B, 1, H, W]``."""
+        """Score logits ``x_hat [B, num_bins, H, W]`` against planes ``x [B, 1, H, W]``.
+
+        Where the batch holds ``depth_m [B, H', W']``, the true depth at its own size, predictions are resized to it
+        (nearest pixel) and scored there.
+        """
         truth, predicted = self.bins.to_metres(x[:, 0]), self.bins.from_logits(x_hat)
+        whole = cast(dict[str, Tensor], batch or {}).get("depth_m")
+        if whole is not None:
+            truth = whole.to(predicted.device)
+            predicted = functional.interpolate(predicted[:, None], truth.shape[1:], mode="nearest-exact")[:, 0]
         mask = self.bins.valid(truth)
         for row in range(len(x)):
             if mask[row].any():

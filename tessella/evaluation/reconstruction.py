@@ -100,7 +100,7 @@ def evaluate_reconstruction(
     device = _device_of(tokenizer)
     codes = CodeCounter(tokenizer.quantizer.codebook_size, tokenizer.quantizer.num_codebooks)
     sizes: Counter[str] = Counter()
-    timings: list[tuple[int, float]] = []
+    timings: list[tuple[int, int, float]] = []  # signals, positions, seconds
     num_skipped = num_positions = 0
     start = time.perf_counter()
     was_training = tokenizer.training
@@ -114,7 +114,7 @@ def evaluate_reconstruction(
                 _check_finite(x_hat, part["key"])
                 codes.update(indices)
                 metrics.update(x, x_hat, part)
-                timings.append((len(x), seconds))
+                timings.append((len(x), len(x) * math.prod(x.shape[2:]), seconds))
                 sizes["x".join(map(str, x.shape[2:]))] += len(x)
                 num_positions += len(x) * math.prod(x.shape[2:])
             if progress is not None:
@@ -129,7 +129,8 @@ def evaluate_reconstruction(
         "usage": codes.usage,
         "perplexity": codes.perplexity,
         metrics.bits_name: bits * metrics.bits_scale,
-        f"{metrics.signals}_per_sec": _rate(timings),
+        f"{metrics.signals}_per_sec": _rates(timings)[0],
+        **metrics.rates(_rates(timings)[1]),
         "seconds": time.perf_counter() - start,
         "num_skipped": num_skipped,
     }
@@ -224,9 +225,10 @@ def _check_finite(x_hat: Tensor, keys: list[str]) -> None:
         raise ValueError(f"the reconstruction holds NaN or infinity for: {', '.join(broken[:5])}")
 
 
-def _rate(timings: list[tuple[int, float]]) -> float:
-    counted = timings[1:] or timings
-    return sum(count for count, _ in counted) / sum(seconds for _, seconds in counted)
+def _rates(timings: list[tuple[int, int, float]]) -> tuple[float, float]:
+    """Signals and positions a second."""
+    counts, positions, seconds = zip(*(timings[1:] or timings), strict=True)
+    return sum(counts) / sum(seconds), sum(positions) / sum(seconds)
 
 
 def _device_of(tokenizer: Tokenizer) -> torch.device:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tessella.data.base import Batch
 from tessella.errors import ConfigError
-from tessella.evaluation.base import Metrics
+from tessella.evaluation.base import Metrics, Number
 from tessella.evaluation.pitch import voicing_f1
 from tessella.extras import require
 from tessella.losses.mel import MelSpectrogram, log_mel
@@ -97,6 +97,10 @@ class SpeechMetrics(Metrics):
             means |= {name: count / self._num_words if self._num_words else None for name, count in self._errors.items()}
         return means
 
+    def rates(self, positions_per_sec: float) -> dict[str, float]:
+        """See :meth:`Metrics.rates`."""
+        return {"real_time_factor": positions_per_sec / self.sample_rate}
+
     def protocol(self) -> dict[str, Any]:
         """The rate, what is absent, and how many files a metric refused."""
         absent = [name for name in HOOKS if name not in self.scorers] + ([] if self.texts else ["wer"])
@@ -117,9 +121,16 @@ class SpeechMetrics(Metrics):
             "si_sdr_db": "scale-invariant signal-to-distortion ratio of samples without offset, in dB; mean",
             "mel_distance": "mean |difference| of natural logarithms of 100 HTK mels, 1024 samples a frame, hop 256",
             "voicing_f1": "F1 of voiced frames, 10 ms apart, by normalised cross-correlation of at least 0.5; mean",
+            "real_time_factor": "seconds of sound encoded and decoded in a second",
             "wer": "word errors per word of the transcripts (pocketsphinx, its own English model) of reconstructions",
             "wer_original": "the same of the originals: the recogniser's own error",
         }
+
+    def readable(self, record: Mapping[str, Any]) -> list[Number]:
+        """See :meth:`Metrics.readable`."""
+        speed = f"{record['real_time_factor']:.3g} x real time"
+        meaning = record["protocol"]["meaning"]["real_time_factor"]
+        return [*super().readable(record), Number("real_time_factor", "speed", speed, meaning)]
 
     def protocol_parts(self, protocol: Mapping[str, Any]) -> list[str]:
         """See :meth:`Metrics.protocol_parts`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +13,16 @@ from tessella.attention import KVCache, Linear
 from tessella.conditioners.base import Conditioner
 from tessella.config import build
 from tessella.generators.base import Generator, Guidance, Loss
-from tessella.generators.sampling import check_guidance, check_settings, choose, guided, inference, uniforms
+from tessella.generators.sampling import (
+    Rng,
+    check_guidance,
+    check_settings,
+    choose,
+    guided_halves,
+    inference,
+    one_each,
+    uniforms,
+)
 from tessella.tokenizer import TokenSpace
 from tessella.transformer import Transformer
 
@@ -26,8 +34,8 @@ class EncoderDecoder(Generator):
 
     .. math:: L = -\frac{1}{N} \sum_n ln \, p(k_n + 1 | 0, k_{<n} + 1, c)
 
-    The condition's encoder is its conditioner: for dense prediction ``image``, a ViT. Code k is token k + 1; token 0
-    starts the sequence. The loss is over all V + 1 tokens, as published; in sampling and in code lengths token 0 has no
+    The condition's encoder is its conditioner: for dense prediction a ViT. Code k is token k + 1; token 0 starts the
+    sequence. The loss is over all V + 1 tokens, as published; in sampling and in code lengths token 0 has no
     probability. Positions are learned, blocks are pre-norm with LayerNorm and tanh GELU, the head starts at zero.
 
     Args:
@@ -104,7 +112,7 @@ class EncoderDecoder(Generator):
         self,
         condition: Tensor | None,
         *,
-        rng: Sequence[torch.Generator],
+        rng: Rng = None,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -115,6 +123,7 @@ class EncoderDecoder(Generator):
         scales = [guidance(n / self.num_steps) if callable(guidance) else guidance for n in range(self.num_steps)]
         for scale in scales:
             check_guidance(scale)
+        rng = one_each(rng, condition)
         context = self.conditioner(condition, len(rng))
         guides = condition is not None and any(scale != 1 for scale in scales)
         if guides:
@@ -126,9 +135,7 @@ class EncoderDecoder(Generator):
         for step, scale in enumerate(scales):
             both = torch.cat([tokens, tokens]) if guides else tokens
             logits = self._codes_alone(self._step(both, step, context, cache))
-            if guides:
-                own, null = logits.chunk(2)
-                logits = own if scale == 1 else guided(own, null, scale)
+            logits = guided_halves(logits, scale if guides else None)
             codes = choose(logits, uniform[:, step], temperature=temperature, top_k=top_k, top_p=top_p)
             drawn.append(codes)
             tokens = codes[:, None] + 1

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tessella.checkpoint import write_text
 from tessella.config import resolve_recipe
 from tessella.errors import ConfigError
 from tessella.extras import require
 from tessella.interop.reading import ConversionError
 from tessella.recipe import to_toml
 from tessella.registry import Spec
+from tessella.storage import write_text
 
 # Pictures in the training set of ImageNet, which all of these configurations count epochs of.
 _IMAGENET = 1_281_167

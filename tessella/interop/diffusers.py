@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tessella.autoencoders.conv import Conv
-from tessella.checkpoint import atomic_folder, load
+from tessella.checkpoint import load
 from tessella.interop._vqgan import Naming, describe, projections, table
 from tessella.interop.base import (
     Account,
@@ -25,6 +25,7 @@ from tessella.interop.base import (
 )  # fmt: skip
 from tessella.quantizers.vq import VQ
 from tessella.registry import Spec
+from tessella.storage import atomic_folder
 
 LICENCE = "as stated where the model was published"
 PAPER = "arXiv 2012.09841"

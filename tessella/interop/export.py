@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from tessella.autoencoders.base import Autoencoder
-from tessella.checkpoint import atomic_folder, load, load_recipe, model_folder
+from tessella.checkpoint import load, load_recipe, model_folder
 from tessella.extras import require
 from tessella.interop.reading import ConversionError
+from tessella.storage import atomic_folder
 from tessella.tokenizer import Tokenizer
 
 Target = Literal["onnx", "torch"]

@@ -25,6 +25,7 @@ from tessella.extras import require
 from tessella.generators.base import Generator
 from tessella.interop.convert import SUFFIXES, convert
 from tessella.interop.reading import ConversionError
+from tessella.storage import write_checksums
 from tessella.tokenizer import Tokenizer
 
 SCHEME = "hf://"
@@ -210,6 +211,7 @@ def _stage(
         shutil.copytree(tokenizer_folder(folder), stage / TOKENIZER, ignore=shutil.ignore_patterns("*.pt", "*.log"))
     for name in (WEIGHTS, RECIPE):
         shutil.copyfile(folder / name, stage / name)
+    write_checksums(stage)
     (stage / _CARD).write_text(card, encoding="utf-8")
     (stage / _EVALUATION).write_text(json.dumps(evaluation, indent=2) + "\n", encoding="utf-8")
     save_image_grid(shown, stage / _GRID, columns=min(_COLUMNS, len(pictures)))

@@ -5,20 +5,35 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from tessella.checkpoint import write_bytes
+from tessella.data._dense import square_picture
+from tessella.data._errors import DataError
+from tessella.data.base import to_tensor
+from tessella.data.decode import decode_rgb, picture_extensions
 from tessella.media.base import Medium
 from tessella.reporting.page import Card, Gallery, Section, Tile
 from tessella.reporting.pictures import Array, grid, png, to_pictures, token_maps
+from tessella.storage import write_bytes
 
 _MARGIN = 6
 _TEXT_PX = 14
+
+# The longest side of a picture for people: what is larger is shrunk, what is much smaller enlarged.
+_SHOWN_PX = 512
+
+
+class Seen(NamedTuple):
+    """A picture as a model sees it, ``context [3, size_px, size_px]``, and the size it has itself."""
+
+    context: Tensor
+    height: int
+    width: int
 
 
 class DenseMedium(Medium, ABC):
@@ -42,6 +57,39 @@ class DenseMedium(Medium, ABC):
     def context(self, picture: Tensor) -> Tensor:
         """What a model sees of ``picture [3, H, W]``: all of it, unless overridden."""
         return picture
+
+    def find(self, paths: Sequence[Path]) -> list[Path]:
+        """The picture files among ``paths`` and in those that are folders.
+
+        Raises:
+            DataError: nothing at a path, or no picture in a folder.
+        """
+        found: list[Path] = []
+        for path in paths:
+            if path.is_dir():
+                inside = sorted(one for one in path.iterdir() if one.suffix.lower() in picture_extensions())
+                if not inside:
+                    raise DataError(f"no picture in {path}")
+                found += inside
+            elif path.is_file():
+                found.append(path)
+            else:
+                raise DataError(f"no file {path}")
+        return found
+
+    def look(self, path: Path, size_px: int) -> Seen:
+        """What a model of ``size_px`` sees of a picture file.
+
+        Raises:
+            DataError: it is no picture.
+        """
+        image = decode_rgb(path, str(path))
+        return Seen(self.context(to_tensor(square_picture(image, size_px))), image.height, image.width)
+
+    def write_shown(self, x: Tensor, path: Path) -> None:
+        """Write a label or output ``[C, H, W]`` for people: :meth:`annotated`, at a size that can be read."""
+        height, width = _shown_size(*x.shape[-2:])
+        write_bytes(path, png(self.annotated(self.resized(x, height, width))))
 
     @abstractmethod
     def pictures(self, x: Tensor) -> list[Array]:
@@ -123,6 +171,12 @@ class DenseMedium(Medium, ABC):
             cards.append(Card(tiles, title=keys[position] if keys else f"picture {position + 1}"))
         grids = {f"{kind}.png": png(grid(pictures, columns=4)) for kind, pictures in kinds.items()}
         return Section(title, text, [Gallery(cards, grids)])
+
+
+def _shown_size(height: int, width: int) -> tuple[int, int]:
+    longest = max(width, height)
+    factor = _SHOWN_PX / longest if longest > _SHOWN_PX else max(1, round(_SHOWN_PX / longest / 2))
+    return max(1, round(height * factor)), max(1, round(width * factor))
 
 
 def beside(picture: Array, panel: Array) -> Array:

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tessella.checkpoint import write_bytes
 from tessella.data._dense import read_plane
 from tessella.data._errors import DataError
 from tessella.errors import ConfigError
@@ -18,6 +17,7 @@ from tessella.evaluation.dense_records import DepthMetrics
 from tessella.labels.depth import DepthBins, checked_depth
 from tessella.media._dense import DenseMedium, beside, nearest, scale
 from tessella.reporting.pictures import Array, oklab_to_rgb, png
+from tessella.storage import write_bytes
 
 UNITS_PER_M = 1000
 

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tessella.checkpoint import write_bytes
 from tessella.data._dense import read_plane
 from tessella.data._errors import DataError
 from tessella.errors import ConfigError
@@ -20,6 +19,7 @@ from tessella.labels.panoptic import PanopticPlanes, Segments
 from tessella.labels.planes import IGNORED
 from tessella.media._dense import DenseMedium, beside, legend, nearest
 from tessella.reporting.pictures import Array, oklab_to_rgb, png
+from tessella.storage import write_bytes
 
 _NUMBERS_A_CLASS = 1000
 _IGNORED_LEVEL = 2**16 - 1

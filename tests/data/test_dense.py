@@ -177,6 +177,9 @@ def test_nyu_reads_columns_first_and_crops_full_frames(tmp_path: Path) -> None:
     assert np.array_equal(pair.label, depths[1])
     again: NYUDepth = pickle.loads(pickle.dumps(dataset))  # as a worker process gets it, after reading
     assert np.array_equal(again.read(1).label, depths[1])
+    assert "depth_m" not in dataset.sample(1, random_for(0, 0, 1))
+    (batch,) = evaluation_batches(dataset, batch_size=4)
+    np.testing.assert_array_equal(batch["depth_m"].numpy(), depths)  # type: ignore[typeddict-item]
     path, images, depths = nyu_file(tmp_path / "full.mat", shape=(480, 640), count=1)
     pair = NYUDepth(path, split="test", held_out=1.0).read(0)
     assert pair.image.size == (560, 426)

@@ -165,6 +165,12 @@ def test_metrics_of_a_perfect_output_are_perfect() -> None:
     out = measured.compute()
     assert out["rmse"] < 0.5 * 10 / 200
     assert out["delta1"] == 1
+    # A depth at its own size is what counts where there is one: four times the area, and twice as far.
+    whole = depth.bins.to_metres(plane[:, 0]).repeat_interleave(2, 1).repeat_interleave(2, 2) * 2
+    again = depth.metrics()
+    outputs = logits_of(depth.bins.classes(plane[0]), [200])[None]
+    again.update(plane, outputs, {"depth_m": whole.clamp(max=9.99)})  # type: ignore[typeddict-item]
+    assert 0.4 < again.compute()["abs_rel"] <= 0.51
     planes = street()[None]
     quality = segments.metrics()
     quality.update(planes, logits_of(planes[0], [4, 10])[None])
