@@ -10,7 +10,7 @@ from tessella.checkpoint import load
 from tessella.commands._data import batches, data_of, open_data, total
 from tessella.commands._device import pick_device
 from tessella.data._variants import Variants
-from tessella.data.base import Samples, Split, to_device
+from tessella.data.base import Samples, Split, of_one_size, to_device
 from tessella.data.tokens import TokenWriter
 from tessella.errors import ConfigError
 
@@ -75,10 +75,11 @@ def tokenize(
                 continue
             dataset = Variants(part, variants, seed=0) if variants else part
             for batch in batches(dataset, whole=whole, limit=taken * max(variants, 1), title="tokenize"):
-                moved = to_device(batch, tokenizer.device)
-                indices = tokenizer.encode(moved["x"], moved.get("context"), pad=True).cpu()
-                for key, label, tokens in zip(batch["key"], batch["label"].tolist(), indices, strict=True):
-                    writer.write(key=key, label=label, indices=tokens, extent=batch["x"].shape[2:])
+                for one in of_one_size(batch):
+                    moved = to_device(one, tokenizer.device)
+                    indices = tokenizer.encode(moved["x"], moved.get("context"), pad=True).cpu()
+                    for key, label, tokens in zip(one["key"], one["label"].tolist(), indices, strict=True):
+                        writer.write(key=key, label=label, indices=tokens, extent=one["x"].shape[2:])
                 num_rows += len(batch["key"])
                 num_skipped += len(batch["skipped"])
             num_signals += taken

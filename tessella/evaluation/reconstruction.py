@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tessella.data.base import Batch, to_device
+from tessella.data.base import Batch, of_one_size, to_device
 from tessella.evaluation.base import Metrics, Number
 from tessella.evaluation.codebook import CodeCounter
 from tessella.storage import write_text
@@ -108,7 +108,7 @@ def evaluate_reconstruction(
     try:
         for batch in batches:
             num_skipped += len(batch["skipped"])
-            for part in _of_one_size(batch):
+            for part in of_one_size(batch):
                 x = to_device(part, device)["x"]
                 indices, x_hat, seconds = _reconstruct(tokenizer, to_device(part, device))
                 _check_finite(x_hat, part["key"])
@@ -184,21 +184,6 @@ def _line(protocol: Mapping[str, Any], metrics: Metrics) -> str:
         *(f"{key} {value}" for key, value in protocol["data"].items() if value is not None),
     ]
     return "; ".join(parts)
-
-
-def _of_one_size(batch: Batch) -> Iterator[Batch]:
-    """The batch, or each of its signals without what it was padded by."""
-    if not len(batch["x"]):
-        return
-    if "extent" not in batch:
-        yield batch
-        return
-    for row, extent in enumerate(batch["extent"].tolist()):
-        window = (slice(row, row + 1), slice(None), *map(slice, extent))
-        one = Batch(x=batch["x"][window], label=batch["label"][row : row + 1], key=[batch["key"][row]], skipped=[])
-        if "context" in batch:
-            one["context"] = batch["context"][row : row + 1]
-        yield one
 
 
 def _reconstruct(tokenizer: Tokenizer, batch: Batch) -> tuple[Tensor, Tensor, float]:
