@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -45,39 +46,45 @@ class Stream:
         if tokenizer.autoencoder.chunks_encoder:
             memory: Memory = {}
             for x in _regrouped(pieces, self.chunk * stride):
-                yield self._run(lambda x=x: self._indices(tokenizer.autoencoder.encode_chunk(tokenizer.pad(x), memory)))
+                with self._inference():
+                    latent = tokenizer.autoencoder.encode_chunk(tokenizer.pad(x), memory)
+                    indices = tokenizer.quantizer(tokenizer.to_code(latent)).indices
+                yield indices
             return
         for x, before, kept in _windows(pieces, self.chunk * stride, self.context * stride):
+            with self._inference():
+                indices = tokenizer.encode(x, pad=True)
             first, count = before // stride, -(-kept // stride)
-            yield self._run(lambda x=x: tokenizer.encode(x, pad=True))[:, first : first + count]
+            yield indices[:, first : first + count]
 
     def decode(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
         """The signal ``[B, C, T']``, piece by piece, of indices that come in pieces ``[B, t, K]`` of any lengths."""
-        tokenizer, stride = self.tokenizer, self.tokenizer.autoencoder.stride
+        autoencoder = self.tokenizer.autoencoder
         turned = (piece.movedim(1, -1) for piece in pieces)
-        if tokenizer.autoencoder.chunks_decoder:
+        if autoencoder.chunks_decoder:
             memory: Memory = {}
             for indices in _regrouped(turned, self.chunk):
-                yield self._run(lambda i=indices: tokenizer.autoencoder.decode_chunk(self._latents(i), memory))
+                with self._inference():
+                    x_hat = autoencoder.decode_chunk(self._latents(indices), memory)
+                yield x_hat
             return
         for indices, before, kept in _windows(turned, self.chunk, self.context):
-            x_hat = self._run(lambda i=indices: tokenizer.autoencoder.decode(self._latents(i)))
-            yield x_hat[..., before * stride : (before + kept) * stride]
+            with self._inference():
+                x_hat = autoencoder.decode(self._latents(indices))
+            yield x_hat[..., before * autoencoder.stride : (before + kept) * autoencoder.stride]
 
-    @torch.no_grad()
-    def _run(self, step: Callable[[], Tensor]) -> Tensor:
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
         was_training = self.tokenizer.training
         self.tokenizer.eval()
         try:
-            return step()
+            with torch.no_grad():
+                yield
         finally:
             self.tokenizer.train(was_training)
 
-    def _indices(self, latent: Tensor) -> Tensor:
-        indices: Tensor = self.tokenizer.quantizer(self.tokenizer.to_code(latent)).indices
-        return indices
-
     def _latents(self, indices: Tensor) -> Tensor:
+        """Of ``[B, K, t]``."""
         codes = self.tokenizer.quantizer.indices_to_codes(indices.movedim(-1, 1))
         latent: Tensor = self.tokenizer.from_code(codes)
         return latent

@@ -27,8 +27,8 @@ def write(path: Path, wave: np.ndarray[Any, Any], rate: int = 16000, **options: 
 def wav_header(rate: int, num_bytes: int) -> bytes:
     """The header of a 16-bit mono WAV file."""
     return b"".join([
-        b"RIFF", struct.pack("<I", 36 + num_bytes), b"WAVEfmt ", struct.pack("<IHHIIHH", 16, 1, 1, rate, 2 * rate, 2, 16),
-        b"data", struct.pack("<I", num_bytes),
+        b"RIFF", struct.pack("<I", 36 + num_bytes), b"WAVEfmt ",
+        struct.pack("<IHHIIHH", 16, 1, 1, rate, 2 * rate, 2, 16), b"data", struct.pack("<I", num_bytes),
     ])  # fmt: skip
 
 

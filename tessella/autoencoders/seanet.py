@@ -233,7 +233,7 @@ class CausalConv(nn.Module):
     @property
     def direction(self) -> nn.Parameter:
         """The weight before its rows are scaled."""
-        weight = self.conv.parametrizations.weight.original1  # type: ignore[union-attr]
+        weight = self.conv.parametrizations.weight.original1
         assert isinstance(weight, nn.Parameter)
         return weight
 

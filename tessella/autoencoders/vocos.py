@@ -1,4 +1,4 @@
-"""SEANet's encoder with the Vocos decoder, which writes spectra (WavTokenizer, arXiv 2408.16532; SimVQ's audio half)."""
+"""SEANet's encoder with Vocos' decoder, which writes spectra (WavTokenizer, arXiv 2408.16532; SimVQ's audio half)."""
 
 from __future__ import annotations
 
@@ -121,7 +121,9 @@ class Vocos(Autoencoder):
     @property
     def last_layer(self) -> nn.Parameter:
         """The linear layer to spectra."""
-        return self.head.weight
+        weight = self.head.weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
 
     def latent_grid(self, *extent: int) -> tuple[int, ...]:
         """``(ceil(T / stride),)``."""

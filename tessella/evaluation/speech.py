@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from tessella.data.base import Batch
@@ -94,7 +93,9 @@ class SpeechMetrics(Metrics):
         names = ("pesq", "stoi", "si_sdr_db", "mel_distance", "voicing_f1", *self.scorers)
         means: dict[str, Any] = {name: _mean(self._scores.get(name, [])) for name in names}
         if self.texts is not None:
-            means |= {name: count / self._num_words if self._num_words else None for name, count in self._errors.items()}
+            means |= {
+                name: count / self._num_words if self._num_words else None for name, count in self._errors.items()
+            }
         return means
 
     def rates(self, positions_per_sec: float) -> dict[str, float]:
@@ -212,7 +213,9 @@ def recognise(x: Tensor, sample_rate: int) -> list[str]:
 
 def spoken_words(text: str) -> list[str]:
     """The words of a text in lower case: letters, digits and apostrophes; variants as ``read(2)`` lose their number."""
-    return re.findall(r"[a-z0-9']+", re.sub(r"\(\d+\)", "", text.lower().replace("’", "'")))
+    return re.findall(
+        r"[a-z0-9']+", re.sub(r"\(\d+\)", "", text.lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'"))
+    )
 
 
 def word_errors(words: Sequence[str], heard: Sequence[str]) -> int:
@@ -229,7 +232,7 @@ def resampled(x: Tensor, sample_rate: int, wanted: int) -> np.ndarray[Any, Any]:
     """``x [T]`` at another rate, as float32."""
     wave = x.float().numpy()
     if sample_rate == wanted:
-        return wave  # type: ignore[no-any-return]
+        return wave
     return require("soxr", extra="audio").resample(wave, sample_rate, wanted)  # type: ignore[no-any-return]
 
 

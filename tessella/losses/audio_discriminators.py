@@ -89,7 +89,8 @@ class MultiBand(WaveDiscriminator):
     def __init__(self, channels: int = 32) -> None:
         super().__init__()
         self.discriminators = nn.ModuleList([
-            *(_Period(period, channels, 0) for period in PERIODS), *(_Bands(n_fft, channels) for n_fft in (2048, 1024, 512)),
+            *(_Period(period, channels, 0) for period in PERIODS),
+            *(_Bands(n_fft, channels) for n_fft in (2048, 1024, 512)),
         ])  # fmt: skip
 
     def forward(self, x: Tensor) -> Judgement:
@@ -218,10 +219,10 @@ def _conv(
     in_channels: int, out_channels: int, kernel: tuple[int, int], *, stride: tuple[int, int] = (1, 1),
     dilation: tuple[int, int] = (1, 1),
 ) -> nn.Module:  # fmt: skip
-    padding = tuple((size - 1) * step // 2 for size, step in zip(kernel, dilation, strict=True))
-    return weight_norm(
-        nn.Conv2d(in_channels, out_channels, kernel, stride=stride, dilation=dilation, padding=padding)
-    )
+    padding = ((kernel[0] - 1) * dilation[0] // 2, (kernel[1] - 1) * dilation[1] // 2)
+    conv = nn.Conv2d(in_channels, out_channels, kernel, stride=stride, dilation=dilation, padding=padding)
+    normed: nn.Module = weight_norm(conv)
+    return normed
 
 
 def _real_and_imaginary(spectra: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ _FLOOR = 1e-7
 
 
 class MelSpectrogram(nn.Module):
-    """Magnitudes through mel filters: ``[..., num_mels, frames]`` of waveforms ``[..., T]``, Hann window, centred frames.
+    """Magnitudes through mel filters, ``[..., num_mels, frames]`` of waveforms ``[..., T]``; Hann window, centred.
 
     Args:
         sample_rate: in Hz.
@@ -37,7 +37,7 @@ class MelSpectrogram(nn.Module):
 
 
 class MelDistance(nn.Module):
-    """``mean |log max(M(x), 1e-7) - log max(M(x_hat), 1e-7)|`` of mel spectrograms M, 100 mels as in Vocos and SimVQ."""
+    """``mean |log max(M(x), 1e-7) - log max(M(x_hat), 1e-7)|`` of mel spectrograms M of 100 mels (Vocos, SimVQ)."""
 
     def __init__(self, sample_rate: int) -> None:
         super().__init__()

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tessella.storage import write_bytes
 from tessella.data.sound import open_sound
 from tessella.errors import ConfigError
 from tessella.evaluation.base import Metrics
@@ -21,6 +20,7 @@ from tessella.media.base import Medium
 from tessella.reporting.page import Card, Gallery, Section, Tile
 from tessella.reporting.pictures import png, token_maps
 from tessella.reporting.sound import spectrogram, token_strip, waveform
+from tessella.storage import write_bytes
 
 _PCM_16 = 32767
 

@@ -30,7 +30,8 @@ def stft(x: Tensor, n_fft: int, hop: int, window: Tensor | None = None, *, centr
     spectra = torch.stft(
         flat, n_fft, hop, window=window.to(flat.dtype), center=centre, pad_mode="reflect", return_complex=True
     )
-    return spectra.reshape(*x.shape[:-1], *spectra.shape[1:])
+    shaped: Tensor = spectra.reshape(*x.shape[:-1], *spectra.shape[1:])
+    return shaped
 
 
 def same_stft(x: Tensor, n_fft: int, hop: int, window: Tensor) -> Tensor:
@@ -40,7 +41,8 @@ def same_stft(x: Tensor, n_fft: int, hop: int, window: Tensor) -> Tensor:
     """
     padded = functional.pad(x, ((n_fft - hop) // 2,) * 2)
     frames = padded.unfold(-1, n_fft, hop) * window
-    return torch.fft.rfft(frames, dim=-1).mT
+    spectra: Tensor = torch.fft.rfft(frames, dim=-1).mT
+    return spectra
 
 
 def same_istft(spectra: Tensor, n_fft: int, hop: int, window: Tensor) -> Tensor:

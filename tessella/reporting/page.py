@@ -19,6 +19,8 @@ from tessella.storage import write_bytes, write_text
 
 PAGE = "report.html"
 
+_POLICY = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'"
+
 _TILE_PX = 128  # small pictures are enlarged by the largest whole number that keeps them within this width
 _PHOTO_PX = 320  # from this width on a picture may be shrunk to fit the screen
 
@@ -184,7 +186,7 @@ def write_page(
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
 <title>{escape(title)}</title>
 <style>
 {css}</style>

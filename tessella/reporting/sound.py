@@ -29,7 +29,7 @@ def spectrogram(x: Tensor, sample_rate: int) -> Array:
 
 
 def waveform(x: Tensor) -> Array:
-    """The lowest and highest sample of ``x [C, T]``, its channels averaged, in each column; full scale is the height."""
+    """Lowest and highest sample of ``x [C, T]``, its channels averaged, in each column; full scale is the height."""
     mono = x.detach().float().cpu().mean(0).clamp(-1, 1)
     columns = functional.interpolate(mono[None, None], _WIDTH_PX * max(1, math.ceil(len(mono) / _WIDTH_PX)))[0, 0]
     parts = columns.view(_WIDTH_PX, -1)

@@ -113,7 +113,7 @@ def test_chunked_decoding_equals_whole(pad_mode: str) -> None:
 
 
 def test_a_convolution_by_hand() -> None:
-    """Kernel [1, 2, 3, 4], stride 2, two zeros before: 3 * 1 + 4 * 2, then 1 + 2 * 2 + 3 * 3 and a zero for the rest."""
+    """Kernel [1, 2, 3, 4], stride 2, two zeros before: 3 * 1 + 4 * 2, then 1 + 2 * 2 + 3 * 3 and a zero."""
     conv = CausalConv(1, 1, 4, stride=2, pad_mode="constant")
     conv.conv.weight = torch.tensor([[[1.0, 2, 3, 4]]])
     nn.init.zeros_(conv.conv.bias)

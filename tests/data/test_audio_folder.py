@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -186,23 +187,21 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     file.write_bytes(b"")
     assert unreadable(tmp_path).startswith("bad.wav: no sound file that can be read")
     file.unlink()
-    with pytest.raises(UnreadableImage, match="bad.wav: no such file"), open_sound(file, "bad.wav"):
+    with pytest.raises(UnreadableImage, match=r"bad\.wav: no such file"), open_sound(file, "bad.wav"):
         pass
 
 
-def test_an_mp3_with_a_broken_frame_is_read_past_it_or_named(tmp_path: Path) -> None:
+def test_an_mp3_with_a_broken_frame_is_named_and_its_sound_part_is_read(tmp_path: Path) -> None:
     file = write(tmp_path / "a.mp3", tone(2.0, RATE), format="MP3")
+    assert only(tmp_path).shape[1] == pytest.approx(2 * RATE, abs=0.1 * RATE)
     data = bytearray(file.read_bytes())
     middle = len(data) // 2
     data[middle : middle + 400] = b"\xff" * 400
     file.write_bytes(data)
-    try:
-        x = only(tmp_path)
-    except UnreadableImage as error:
-        assert error.key == "a.mp3"
-    else:
-        assert x.isfinite().all()
-        assert x.abs().max() <= 1
+    assert re.match(r"a\.mp3: of frames 0 to \d+,\d+ only \d+,\d+ can be decoded", unreadable(tmp_path))
+    with open_sound(file, "a.mp3") as sound:
+        start = sound.read(0, RATE // 4, RATE)
+    np.testing.assert_allclose(start[2000:], tone(0.25, RATE)[2000:], atol=0.05)
 
 
 def test_bad_files_are_skipped_in_batches(tmp_path: Path) -> None:
@@ -219,7 +218,8 @@ def test_bad_files_are_skipped_in_batches(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"sample_rate": 0}, "sample_rate must be at least 1, got 0"), ({"clip_sec": 0.0}, "clip_sec must be above 0"),
-        ({"gain_db": [-1.0, -6.0]}, "gain_db must be two levels"), ({"split": "dev"}, "split must be 'train' or 'test'"),
+        ({"gain_db": [-1.0, -6.0]}, "gain_db must be two levels"),
+        ({"split": "dev"}, "split must be 'train' or 'test'"),
         ({"held_out": 0.0}, "held_out must be above 0"), ({"trim_db": -3.0}, "trim_db must be above 0"),
     ],
 )  # fmt: skip
@@ -229,7 +229,7 @@ def test_bad_arguments(tmp_path: Path, options: dict[str, Any], message: str) ->
 
 
 def test_empty_folders_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no sound in .* accepted are files ending in .*wav"):
+    with pytest.raises(DataError, match=r"no sound in .* accepted are files ending in .*wav"):
         folder(tmp_path)
     with pytest.raises(ValueError, match="is no folder"):
         folder(tmp_path / "nowhere")

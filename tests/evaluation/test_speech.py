@@ -145,7 +145,7 @@ def test_scorers_are_hooks_and_their_absence_is_told() -> None:
 
 def test_transcripts_without_their_columns_are_refused(tmp_path: Path) -> None:
     (tmp_path / "metadata.csv").write_text("file\na.wav\n")
-    with pytest.raises(ConfigError, match="metadata.csv holds no transcripts"):
+    with pytest.raises(ConfigError, match=r"metadata\.csv holds no transcripts"):
         SpeechMetrics(RATE, transcripts=tmp_path / "metadata.csv")
 
 

@@ -144,7 +144,9 @@ def test_distances_on_mel_spectra() -> None:
 
 def test_silence_has_a_finite_distance_and_gradient() -> None:
     x_hat = torch.zeros(1, 1, 4800, requires_grad=True)
-    distance = MelDistance(24000)(0.1 * torch.randn(1, 1, 4800), x_hat) + MultiScaleSpectral(24000)(x_hat.detach(), x_hat)
+    distance = MelDistance(24000)(0.1 * torch.randn(1, 1, 4800), x_hat) + MultiScaleSpectral(24000)(
+        x_hat.detach(), x_hat
+    )
     distance.backward()
     assert distance.isfinite()
     assert x_hat.grad is not None

@@ -21,7 +21,7 @@ def test_the_inverse_of_a_transform_is_the_signal(n_fft: int, hop: int) -> None:
 
 
 def test_the_inverse_transform_of_one_frame_by_hand() -> None:
-    """n_fft 4, hop 2, a rectangle: frames of constant 1 overlap twice and are divided by 2; one sample trimmed a side."""
+    """n_fft 4, hop 2, a rectangle: frames of ones overlap twice and are divided by 2; one sample trimmed a side."""
     spectra = torch.zeros(1, 3, 3, dtype=torch.complex64)
     spectra[:, 0] = 4  # the sum of four ones
     torch.testing.assert_close(same_istft(spectra, 4, 2, torch.ones(4)), torch.ones(1, 6))
