@@ -169,10 +169,11 @@ def _is_deep_grey(image: Image.Image, opened: Image.Image) -> bool:
 def _full_range(image: Image.Image, tags: Mapping[int, Any], white: int) -> np.ndarray[Any, np.dtype[np.float64]]:
     """A single channel of 12 or 16 bits: round(v * white / largest)."""
     largest = 2 ** tags.get(_TIFF_BITS_PER_SAMPLE, (16,))[0] - 1
-    levels = np.asarray(image).astype(np.float64) * (white / largest)
+    levels: np.ndarray[Any, np.dtype[np.float64]] = np.asarray(image).astype(np.float64) * (white / largest)
     if tags.get(_TIFF_PHOTOMETRIC) == 0:  # "white is zero"
         levels = white - levels
-    return np.rint(levels)
+    levels = np.rint(levels)
+    return levels
 
 
 def _wants_tifffile(data: bytes, channels: int, *, plain: bool) -> bool:

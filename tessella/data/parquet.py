@@ -255,3 +255,5 @@ def _read_rows(file: Path, columns: _Columns) -> Iterator[Row]:
                     yield image.as_py(), UNKNOWN_LABEL if label is None else label
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{file} cannot be read: {error}") from error
+    finally:
+        pa.default_memory_pool().release_unused()  # a page, which may hold a thousand pictures
