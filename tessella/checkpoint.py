@@ -1,47 +1,65 @@
-"""The only reader and writer of model files: strict, atomic, versioned, and nothing read can execute code.
+"""The only reader and writer of model files: strict, atomic, versioned, verified, and nothing read can execute code.
 
-A model is a folder with ``model.safetensors`` (weights) and ``recipe.toml`` (how to build what they fit). A training
-checkpoint is such a folder with ``state.pt`` beside them: all that continuing needs. A generator's folder, or that of
-its run, also holds the tokenizer whose tokens it makes, in ``tokenizer/``.
+A model is a folder with ``model.safetensors`` (weights), ``recipe.toml`` (how to build what they fit) and
+``checksums.json``. A training checkpoint is such a folder with ``state.pt`` beside them: all that continuing needs. A
+generator's folder, or that of its run, also holds the tokenizer whose tokens it makes, in ``tokenizer/``.
+
+Format 2 brought the checksums, a version in every file, and recipes that name medium and loss; format 1 is still read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import pickle
-import shutil
+import logging
+import re
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from tessella.config import build_section, spec_of
-from tessella.errors import ConfigError, TessellaError
+from tessella.errors import ConfigError
 from tessella.generators.base import Generator
 from tessella.recipe import to_toml
 from tessella.registry import Spec
+from tessella.storage import (
+    CHECKSUMS,
+    StorageError,
+    atomic_folder,
+    recover,
+    remove_folder,
+    verify,
+    write_checksums,
+    write_text,
+)
+from tessella.storage.tensors import write_state, write_tensors
 from tessella.tokenizer import Tokenizer
+
+logger = logging.getLogger("tessella")
 
 WEIGHTS = "model.safetensors"
 RECIPE = "recipe.toml"
 STATE = "state.pt"
 TOKENIZER = "tokenizer"
-FORMAT_VERSION = 1
+CHECKPOINTS = "checkpoints"
+FORMAT_VERSION = 2
+
+_STEP = re.compile(r"step-[0-9]{8}")
+_HEADER = re.compile(r"# Tessella recipe, format ([0-9]+), SHA-256 of what follows: ([0-9a-f]{64})")
 
 Model = Tokenizer | Generator
 
 
-class CheckpointError(TessellaError, RuntimeError):
-    """A model folder that cannot be read or written; the message names the file."""
+class CheckpointError(StorageError):
+    """A model folder that cannot be read; the message names the file, and what to do about it."""
 
 
 def load(path: str | Path, *, device: str | torch.device = "cpu") -> Tokenizer:
@@ -100,9 +118,17 @@ def load_generator(path: str | Path, *, device: str | torch.device = "cpu") -> t
 
 
 def _load_into(model: Model, folder: Path, recipe: Spec) -> None:
-    _check_version(folder / WEIGHTS)
-    load_weights(model, folder / WEIGHTS)
+    if not (folder / CHECKSUMS).exists():
+        _warn_unverified(folder)
+    with _advice(folder):
+        load_weights(model, folder / WEIGHTS, own=True)
     model.recipe = recipe
+
+
+@cache
+def _warn_unverified(folder: Path) -> None:
+    """Once a folder."""
+    logger.warning("%s has no %s: what is read from it cannot be verified", folder, CHECKSUMS)
 
 
 def tokenizer_folder(folder: Path) -> Path:
@@ -112,13 +138,19 @@ def tokenizer_folder(folder: Path) -> Path:
         CheckpointError: in neither.
     """
     for place in (folder / TOKENIZER, folder.parent.parent / TOKENIZER):
+        recover(place.parent)
         if (place / WEIGHTS).is_file():
             return place
     raise CheckpointError(f"no tokenizer beside the generator: expected {folder / TOKENIZER}")
 
 
 def model_folder(path: Path) -> Path:
-    """The folder that holds the model of ``path``: itself, or the newest checkpoint of a run."""
+    """The folder that holds the model of ``path``: itself, or the newest checkpoint of a run.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    recover(path.parent)
     if (path / WEIGHTS).is_file():
         return path
     newest = latest_checkpoint(path)
@@ -128,7 +160,11 @@ def model_folder(path: Path) -> Path:
 
 
 def save_model(model: Model, path: Path) -> None:
-    """Write ``model`` into the folder ``path``, which appears complete or not at all."""
+    """Write ``model`` into the folder ``path``, which appears complete or not at all.
+
+    Raises:
+        StorageError: it could not be written; what was there before is untouched.
+    """
     with atomic_folder(path) as folder:
         write_model(model, folder)
 
@@ -138,6 +174,7 @@ def save_generator(generator: Generator, tokenizer: Tokenizer, path: str | Path)
 
     Raises:
         ValueError: the generator is for the tokens of another tokenizer.
+        StorageError: it could not be written; what was there before is untouched.
     """
     if generator.space.fingerprint != fingerprint(tokenizer):
         raise ValueError(
@@ -149,25 +186,53 @@ def save_generator(generator: Generator, tokenizer: Tokenizer, path: str | Path)
         write_model(tokenizer, folder / TOKENIZER)
 
 
-def write_model(model: Model, folder: Path) -> None:
-    """Weights and recipe into an existing folder."""
-    recipe = {**(model.recipe or {}), **model_spec(model)}
+def write_model(model: Model, folder: Path, state: dict[str, Any] | None = None) -> None:
+    """Weights, recipe, training state if there is one, and checksums into an existing folder."""
+    write_recipe(folder, {**(model.recipe or {}), **model_spec(model)})
     # A tensor under two names would be refused by safetensors; clone what is shared.
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     # One metadata key: with several, their order, and so the file's bytes, would differ from save to save.
     about = {"version": FORMAT_VERSION, "fingerprint": fingerprint(model)}
-    save_file(state, folder / WEIGHTS, {"tessella": json.dumps(about)})
-    (folder / RECIPE).write_text(to_toml(recipe), encoding="utf-8")
+    write_tensors(folder / WEIGHTS, weights, {"tessella": json.dumps(about)})
+    if state is not None:
+        write_state(folder / STATE, {"version": FORMAT_VERSION, "state": state})
+    write_checksums(folder)
+
+
+def write_recipe(folder: Path, recipe: Spec) -> None:
+    """Write ``recipe`` into ``folder``; its first line, a comment, holds its format and checksum.
+
+    Raises:
+        StorageError: it could not be written.
+    """
+    text = to_toml(recipe)
+    digest = _recipe_digest(FORMAT_VERSION, text)
+    write_text(
+        folder / RECIPE, f"# Tessella recipe, format {FORMAT_VERSION}, SHA-256 of what follows: {digest}\n{text}"
+    )
+
+
+def _recipe_digest(version: int, text: str) -> str:
+    return hashlib.sha256(f"{version}\n{text}".encode()).hexdigest()
 
 
 def model_spec(model: Model) -> Spec:
-    """The recipe sections that build ``model``."""
+    """The recipe sections that build ``model``; as its recipe has them, if that was written before some argument was.
+
+    So a model that did not change keeps its fingerprint when a method gets an argument more.
+    """
+    known = model.recipe or {}
     if isinstance(model, Generator):
-        return {"generator": spec_of(model, leave_out=frozenset({"space"})), "space": asdict(model.space)}
+        space = asdict(model.space)
+        return {
+            "generator": spec_of(model, leave_out=frozenset({"space"}), known=known.get("generator")),
+            "space": space,
+        }
+    parts = frozenset({"autoencoder", "quantizer"})
     return {
-        "autoencoder": spec_of(model.autoencoder),
-        "quantizer": spec_of(model.quantizer),
-        "tokenizer": spec_of(model, leave_out=frozenset({"autoencoder", "quantizer"})),
+        "autoencoder": spec_of(model.autoencoder, known=known.get("autoencoder")),
+        "quantizer": spec_of(model.quantizer, known=known.get("quantizer")),
+        "tokenizer": spec_of(model, leave_out=parts, known=known.get("tokenizer")),
     }
 
 
@@ -180,13 +245,20 @@ def fingerprint(model: Model) -> str:
     return digest.hexdigest()[:16]
 
 
-def load_weights(module: nn.Module, file: Path) -> None:
-    """Load a safetensors file into ``module``; every key and shape must fit.
+def load_weights(module: nn.Module, file: Path, *, own: bool = False) -> None:
+    """Load a safetensors file into ``module``; every key and shape must fit, and a checksum beside it.
+
+    Args:
+        module: receives the weights.
+        file: of the weights.
+        own: whether the file must be one of a model that this program wrote, in a format it knows.
 
     Raises:
         CheckpointError: missing or damaged file, wrong keys, wrong shapes; the message names them.
     """
     with _opened(file) as reader:
+        about = json.loads((reader.metadata() or {}).get("tessella", "{}"))
+        _check_version(file, about.get("version") if own else FORMAT_VERSION)
         weights = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
     try:
         module.load_state_dict(weights)
@@ -196,38 +268,86 @@ def load_weights(module: nn.Module, file: Path) -> None:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
-    """A safetensors file, its errors naming it."""
+    """A safetensors file that was verified, its errors naming it."""
     if not file.is_file():
         raise CheckpointError(f"no weights file {file}")
+    _verify(file)
     try:
         with safe_open(file, framework="pt") as reader:
             yield reader
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{file} is damaged or no safetensors file: {error}") from error
 
 
-def _check_version(file: Path) -> None:
-    with _opened(file) as reader:
-        about = json.loads((reader.metadata() or {}).get("tessella", "{}"))
-    if about.get("version") != FORMAT_VERSION:
+def _verify(file: Path) -> None:
+    try:
+        verify(file.parent, file.name)
+    except StorageError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _check_version(file: Path, version: Any) -> None:
+    if version not in range(1, FORMAT_VERSION + 1):
         raise CheckpointError(
-            f"{file} is of format version {about.get('version')}; this program reads version {FORMAT_VERSION}"
+            f"{file} is of format version {version}; this program reads versions up to {FORMAT_VERSION}"
         )
 
 
 def load_recipe(folder: Path) -> Spec:
-    """The resolved recipe in ``folder``.
+    """The resolved recipe in ``folder``, in today's format.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        CheckpointError: there is none, or it is damaged or was edited.
     """
     file = folder / RECIPE
+    recover(folder.parent)
     if not file.is_file():
         raise CheckpointError(f"no recipe beside the weights: {file}")
+    with _advice(folder):
+        _verify(file)
+        try:
+            text = file.read_bytes().decode()
+            version = 1
+            if text.startswith("#"):
+                version, text = _open_recipe(file, text)
+            return migrate(tomllib.loads(text), version)
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+        except ValueError as error:  # no UTF-8, no TOML
+            raise CheckpointError(f"{file} is damaged: {error}") from error
+
+
+def _open_recipe(file: Path, text: str) -> tuple[int, str]:
+    """Version and text of a recipe, without the first line that states and guards them."""
+    first, _, text = text.partition("\n")
+    header = _HEADER.fullmatch(first)
+    if header is None or header[2] != _recipe_digest(int(header[1]), text):
+        raise CheckpointError(f"{file} is damaged or was edited: it does not fit the checksum in its first line")
+    _check_version(file, int(header[1]))
+    return int(header[1]), text
+
+
+def migrate(recipe: Spec, version: int) -> Spec:
+    """A resolved recipe of an earlier format as today's would be. Format 1 knew pictures alone, and one loss."""
+    if version >= 2 or "generator" in recipe:
+        return recipe
+    migrated = {**recipe, "medium": {"name": "image"}}
+    if "loss" in recipe:
+        migrated["loss"] = {"name": "image", **recipe["loss"]}
+    return migrated
+
+
+@contextmanager
+def _advice(folder: Path) -> Iterator[None]:
+    """Errors of reading the checkpoint ``folder`` of a run say what to do about it."""
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file} is damaged: {error}") from error
+        yield
+    except CheckpointError as error:
+        if not (_STEP.fullmatch(folder.name) and folder.parent.name == CHECKPOINTS):
+            raise
+        before = [other.name for other in _checkpoints(folder.parent.parent) if other.name < folder.name]
+        further = f"to go on from {before[-1]}" if before else "to start anew; there is no checkpoint before it"
+        raise CheckpointError(f"{error}; delete {folder} {further}") from error
 
 
 # --- training checkpoints -------------------------------------------------------------------------------------------
@@ -237,14 +357,13 @@ def save_checkpoint(run: Path, step: int, model: Model, state: dict[str, Any], *
     """Write ``run/checkpoints/step-########`` (model and training state) and delete all but the newest ``keep``.
 
     Raises:
-        CheckpointError: it could not be written (a full disk); the previous checkpoints are untouched.
+        StorageError: it could not be written (a full disk); the previous checkpoints are untouched.
     """
-    target = run / "checkpoints" / f"step-{step:08d}"
+    target = run / CHECKPOINTS / f"step-{step:08d}"
     with atomic_folder(target) as folder:
-        write_model(model, folder)
-        torch.save(state, folder / STATE)
+        write_model(model, folder, state)
     for old in _checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
+        remove_folder(old)
     return target
 
 
@@ -261,72 +380,27 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
         CheckpointError: missing or damaged.
     """
     file = checkpoint / STATE
-    try:
-        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(
-            f"{file} is missing or damaged ({error}); delete {checkpoint} to continue from the checkpoint before it"
-        ) from error
-    return state
+    recover(checkpoint.parent)
+    with _advice(checkpoint):
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing")
+        _verify(file)
+        try:
+            contents = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # what a damaged pickle raises, its bytes decide
+            raise CheckpointError(f"{file} is damaged ({type(error).__name__}: {error})") from error
+        if not isinstance(contents, dict):
+            raise CheckpointError(f"{file} is damaged: it holds no training state")
+        version = contents.get("version", 1)
+        _check_version(file, version)
+        state: dict[str, Any] = contents if version == 1 else contents["state"]
+        return state
 
 
 def _checkpoints(run: Path) -> list[Path]:
-    return sorted(path for path in (run / "checkpoints").glob("step-*") if (path / WEIGHTS).is_file())
-
-
-# --- writing ----------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder that becomes ``target`` when the block ends well, and vanishes when it does not.
-
-    Raises:
-        CheckpointError: writing failed (disk full, no permission).
-    """
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        yield temporary
-        for file in temporary.rglob("*"):
-            _flush(file)
-        if target.exists():
-            replaced = target.with_name(f".{target.name}.{os.getpid()}.old")
-            target.rename(replaced)
-            temporary.rename(target)
-            shutil.rmtree(replaced)
-        else:
-            temporary.rename(target)
-        _flush(target.parent)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"could not write {target}: {error}; what was there before is untouched") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_bytes(file: Path, data: bytes) -> None:
-    """Write a file that appears complete or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(file: Path, text: str) -> None:
-    """:func:`write_bytes` for text."""
-    write_bytes(file, text.encode())
+    """Oldest first. What is called otherwise, users put there."""
+    folder = run / CHECKPOINTS
+    recover(folder)
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if _STEP.fullmatch(path.name) and (path / WEIGHTS).is_file())

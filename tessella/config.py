@@ -24,7 +24,10 @@ FIXED_SECTIONS: dict[str, tuple[str, frozenset[str]]] = {
     "tokenizer": ("tessella.tokenizer:Tokenizer", frozenset({"autoencoder", "quantizer"})),
     "space": ("tessella.tokenizer:TokenSpace", frozenset()),
     "training": ("tessella.training.loop:Loop", frozenset()),
+    "source": ("tessella.interop.base:Source", frozenset()),
 }
+# Where weights that were trained elsewhere come from: in recipes of converted models, and of what continues from them.
+OPTIONAL_SECTIONS = ("source",)
 # What a recipe trains -> its sections. A recipe with a [generator] trains that, any other a tokenizer. The program
 # writes [medium], which the data source names, and [space], the tokens a generator is for, when it has seen the
 # tokenizer.
@@ -50,13 +53,26 @@ class Configurable:
         return self
 
 
-def spec_of(item: Configurable, *, leave_out: frozenset[str] = frozenset()) -> Spec:
-    """The section that builds ``item`` again: constructor arguments, and its file's name if it is of a family."""
+def spec_of(item: Configurable, *, leave_out: frozenset[str] = frozenset(), known: Spec | None = None) -> Spec:
+    """The section that builds ``item`` again: constructor arguments, and its file's name if it is of a family.
+
+    Args:
+        item: what to describe.
+        leave_out: arguments that the program supplies.
+        known: a section that described it before. An argument that this does not know, since its version had none, is
+            left out as long as it has its default, so that what did not change is described as it was.
+    """
     name = name_of(type(item))
     spec: Spec = {} if name is None else {"name": name}
+    known = known if known and known.get("name") == name else None
+    parameters = inspect.signature(type(item).__init__).parameters
     for key, value in item.arguments.items():
-        if key not in leave_out and value is not None:
-            spec[key] = spec_of(value) if isinstance(value, Configurable) else _plain(value)
+        if key in leave_out or value is None:
+            continue
+        if isinstance(value, Configurable):
+            spec[key] = spec_of(value, known=(known or {}).get(key))
+        elif known is None or key in known or _plain(value) != _plain(parameters[key].default):
+            spec[key] = _plain(value)
     return spec
 
 
@@ -182,7 +198,8 @@ def resolve_recipe(recipe: Spec) -> Spec:
     Raises:
         ConfigError: an unknown section or key, a missing one, or a wrong type.
     """
-    known = GENERATOR_SECTIONS if "generator" in recipe else TOKENIZER_SECTIONS
+    sections = GENERATOR_SECTIONS if "generator" in recipe else TOKENIZER_SECTIONS
+    known = (*sections, *OPTIONAL_SECTIONS)
     recipe = with_defaults(recipe)
     for key, value in recipe.items():
         if key not in known:
@@ -191,6 +208,8 @@ def resolve_recipe(recipe: Spec) -> Spec:
             raise ConfigError(f"'{key}' must be a table, got {value!r}")
     resolved: Spec = {}
     for section in known:
+        if section in OPTIONAL_SECTIONS and section not in recipe:
+            continue
         if section in FIXED_SECTIONS:
             target, given = FIXED_SECTIONS[section]
             resolved[section] = resolve(_target(target), recipe.get(section, {}), where=section, given=given)

@@ -70,6 +70,10 @@ class Conv(Autoencoder):
                             "in_channels": in_channels}.items():  # fmt: skip
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        for name, count in {"num_res_blocks": num_res_blocks,
+                            "num_decoder_res_blocks": num_decoder_res_blocks or 0}.items():  # fmt: skip
+            if count < 0:
+                raise ValueError(f"{name} must be at least 0, got {count}")
         if not multipliers or min(multipliers) < 1:
             raise ValueError(f"multipliers must hold at least one number, none below 1, got {list(multipliers)}")
         strides = [patch_px * 2**level for level in range(len(multipliers))]
@@ -97,14 +101,7 @@ class Conv(Autoencoder):
         Raises:
             ValueError: wrong channels, or a side that is no multiple of the stride.
         """
-        if x.ndim != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f"x must be [B, {self.in_channels}, H, W], got {list(x.shape)}")
-        height, width = x.shape[-2:]
-        if height % self.stride or width % self.stride or not (height and width):
-            raise ValueError(
-                f"the sides of x must be multiples of the stride {self.stride}, got {height} x {width}; "
-                "crop the pictures, or let Tokenizer.encode pad them (pad=True)"
-            )
+        self._check(x)
         return self.encoder(F.pixel_unshuffle(x, self.patch_px)).movedim(1, -1)  # type: ignore[no-any-return]
 
     def decode(self, latent: Tensor) -> Tensor:
@@ -115,6 +112,16 @@ class Conv(Autoencoder):
     def last_layer(self) -> nn.Parameter:
         """See :class:`Autoencoder`."""
         return self.decoder.conv_out.get_parameter("weight")
+
+    def _check(self, x: Tensor) -> None:
+        if x.ndim != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(f"x must be [B, {self.in_channels}, H, W], got {list(x.shape)}")
+        height, width = x.shape[-2:]
+        if height % self.stride or width % self.stride or not (height and width):
+            raise ValueError(
+                f"the sides of x must be multiples of the stride {self.stride}, got {height} x {width}; "
+                "crop the pictures, or let Tokenizer.encode pad them (pad=True)"
+            )
 
 
 class Encoder(nn.Module):

@@ -44,16 +44,26 @@ def answers() -> Iterator[None]:
         # Whoever read the output has left; nothing more can be said there.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
-    except (TessellaError, ValueError, OSError, ModuleNotFoundError, MemoryError) as error:
-        if os.environ.get(TRACEBACK):
+    except (TessellaError, ValueError, OSError, ModuleNotFoundError, MemoryError, RuntimeError) as error:
+        if os.environ.get(TRACEBACK) or not (_is_expected(error) or _is_memory(error)):
             raise
         errors.print(f"[red]error:[/red] {escape(printable(_line(error)))}")
         sys.exit(2)
 
 
+def _is_expected(error: Exception) -> bool:
+    return isinstance(error, TessellaError) or not isinstance(error, RuntimeError)
+
+
+def _is_memory(error: Exception) -> bool:
+    """Whether memory ran out; torch says so in a RuntimeError."""
+    text = str(error)
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+
+
 def _line(error: Exception) -> str:
     if isinstance(error, OSError) and not isinstance(error, TessellaError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    if isinstance(error, MemoryError):
+    if _is_memory(error):
         return "not enough memory" + (f": {error}" if str(error) else "")
     return str(error) or type(error).__name__

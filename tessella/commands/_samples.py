@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tessella.checkpoint import load_generator, write_text
+from tessella.checkpoint import load_generator
 from tessella.commands._data import batches, data_of, medium_of, named, open_data
 from tessella.commands._distribution import features_of, reference_of
 from tessella.commands._progress import drawing
@@ -31,6 +31,7 @@ from tessella.evaluation.manifold import nearest_neighbours
 from tessella.evaluation.reference import ReferenceStatistics
 from tessella.generators.base import Generator
 from tessella.generators.drawing import SampleSettings, check_options, chunks, draw_batches, labels_of
+from tessella.storage import write_text
 from tessella.tokenizer import Tokenizer
 from tessella.training.generator import GeneratorStep
 

@@ -6,7 +6,6 @@ import json
 import time
 from pathlib import Path
 
-from tessella.checkpoint import write_text
 from tessella.commands.detokenize import detokenize
 from tessella.commands.evaluate import EVALUATION
 from tessella.commands.report import report, show_samples
@@ -14,6 +13,7 @@ from tessella.commands.sample import sample
 from tessella.commands.tokenize import tokenize
 from tessella.commands.train import train
 from tessella.generators.drawing import SampleSettings
+from tessella.storage import write_text
 
 _GUIDANCE = "1.5"
 

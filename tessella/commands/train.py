@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from tessella.checkpoint import (
-    RECIPE,
-    TOKENIZER,
-    latest_checkpoint,
-    load,
-    load_recipe,
-    write_text,
-)
+from tessella.checkpoint import RECIPE, TOKENIZER, latest_checkpoint, load, load_recipe, write_recipe
 from tessella.commands._data import data_section, medium_of, open_data
 from tessella.commands._device import pick_device
 from tessella.commands.build import generator_of, generator_recipe, tokenizer_of
@@ -26,8 +18,9 @@ from tessella.errors import ConfigError
 from tessella.generators.base import Generator
 from tessella.media.base import Medium
 from tessella.objectives.base import Objective
-from tessella.recipe import differences, override, read_recipe, to_toml
+from tessella.recipe import differences, override, read_recipe
 from tessella.registry import Spec
+from tessella.storage import holds_nothing, lock_folder, read_sealed, write_sealed
 from tessella.tokenizer import Tokenizer
 from tessella.training.base import Step
 from tessella.training.generator import GeneratorStep
@@ -89,9 +82,10 @@ def train(
 
     def claim() -> None:
         run.claim()
-        write_text(folder / DATA, json.dumps(identity, indent=1) + "\n")
+        write_sealed(folder / DATA, identity)
 
-    loop.run(step, run.dataset, folder, device=place, show=show, quiet=quiet, claim=claim)
+    with lock_folder(folder, what="training"):
+        loop.run(step, run.dataset, folder, device=place, show=show, quiet=quiet, claim=claim)
     return folder
 
 
@@ -103,6 +97,8 @@ class _Tokenizer:
     ) -> None:
         if tokenizer is not None:
             raise ConfigError("--tokenizer is for recipes of generators; this one trains a tokenizer")
+        if weights is not None and not weights.is_dir():
+            raise ConfigError(f"--weights {weights} is no folder")
         if weights is not None:
             raw["loss"] = {**raw.get("loss", {}), "weights": str(weights)}
         self.folder = folder
@@ -160,14 +156,14 @@ def _check_claim(folder: Path, recipe: Spec) -> None:
         ConfigError: it holds something else.
     """
     if (folder / RECIPE).is_file():
-        changed = differences(load_recipe(folder), recipe)
+        changed = differences(resolve_recipe(load_recipe(folder)), recipe)
         if changed:
             raise ConfigError(
                 f"{folder} holds a run of another recipe ({'; '.join(changed)}); choose another --out, or delete it"
             )
     elif folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file, not a folder; choose another --out")
-    elif folder.exists() and any(folder.iterdir()):
+    elif not holds_nothing(folder):
         raise ConfigError(f"{folder} is not empty and holds no run; choose another --out")
 
 
@@ -180,7 +176,7 @@ def _check_data(folder: Path, identity: Spec, allow_changed: bool) -> None:
     file = folder / DATA
     if not file.is_file():
         return
-    changed = differences(json.loads(file.read_text(encoding="utf-8")), identity)
+    changed = differences(read_sealed(file), identity)
     if not changed:
         return
     said = f"the data is not what {folder} began with ({'; '.join(changed)})"
@@ -191,4 +187,4 @@ def _check_data(folder: Path, identity: Spec, allow_changed: bool) -> None:
 
 def _write_recipe(folder: Path, recipe: Spec) -> None:
     if not (folder / RECIPE).is_file():
-        write_text(folder / RECIPE, to_toml(recipe))
+        write_recipe(folder, recipe)

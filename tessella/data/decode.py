@@ -17,6 +17,7 @@ from tessella.data._deep import is_deep_png, read_deep_png, read_npy, read_tiff
 from tessella.data._encoded import FORMATS, read_encoded
 from tessella.data._errors import UnreadableImage
 from tessella.data._pixels import MODES, Array, BitDepth, Pixels, fit, oriented
+from tessella.data._timing import timed
 
 # More pixels than this are refused from the header alone, before memory is spent on them. It is Pillow's own limit,
 # stated here because an application may have changed that one.
@@ -53,6 +54,7 @@ def decode_rgb(source: bytes | str | os.PathLike[str], key: str) -> Image.Image:
     return cast(Image.Image, decode(source, key))
 
 
+@timed("decode")
 def decode(source: bytes | str | os.PathLike[str], key: str, *, channels: int = 3, bit_depth: BitDepth = 8) -> Pixels:
     """The picture in ``source`` (encoded bytes, or a file's path): JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, JPEG 2000,
     binary PNM or .npy.
@@ -169,11 +171,11 @@ def _is_deep_grey(image: Image.Image, opened: Image.Image) -> bool:
 def _full_range(image: Image.Image, tags: Mapping[int, Any], white: int) -> np.ndarray[Any, np.dtype[np.float64]]:
     """A single channel of 12 or 16 bits: round(v * white / largest)."""
     largest = 2 ** tags.get(_TIFF_BITS_PER_SAMPLE, (16,))[0] - 1
-    levels: np.ndarray[Any, np.dtype[np.float64]] = np.asarray(image).astype(np.float64) * (white / largest)
+    levels = np.asarray(image).astype(np.float64) * (white / largest)
     if tags.get(_TIFF_PHOTOMETRIC) == 0:  # "white is zero"
         levels = white - levels
-    levels = np.rint(levels)
-    return levels
+    rounded: np.ndarray[Any, np.dtype[np.float64]] = np.rint(levels)
+    return rounded
 
 
 def _wants_tifffile(data: bytes, channels: int, *, plain: bool) -> bool:

@@ -17,7 +17,6 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from tessella.checkpoint import write_bytes
 from tessella.data._errors import DataError, UnreadableImage
 from tessella.data._names import file_size, identity_of
 from tessella.data._pixels import BitDepth
@@ -25,6 +24,7 @@ from tessella.data.base import ImageDataset, Picture, Split
 from tessella.data.decode import picture_extensions
 from tessella.extras import require
 from tessella.registry import Spec
+from tessella.storage import write_bytes
 from tessella.text import name_to_text
 
 logger = logging.getLogger("tessella")

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from tessella.checkpoint import write_bytes
+from tessella.storage import write_bytes
 
 logger = logging.getLogger("tessella")
 

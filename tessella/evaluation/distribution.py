@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from tessella.checkpoint import write_text
 from tessella.data.base import Batch
 from tessella.evaluation.bootstrap import Estimate, estimate, resamples
 from tessella.evaluation.features import (
@@ -33,6 +32,7 @@ from tessella.evaluation.frechet import frechet_distance, resampled_frechet, sta
 from tessella.evaluation.manifold import precision_recall
 from tessella.evaluation.reference import ReferenceStatistics
 from tessella.evaluation.score import inception_score, resampled_score
+from tessella.storage import write_text
 
 if TYPE_CHECKING:
     from rich.console import Console

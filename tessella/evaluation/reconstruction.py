@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tessella.checkpoint import write_text
 from tessella.data.base import Batch, to_device
 from tessella.evaluation.base import Metrics, Number
 from tessella.evaluation.codebook import CodeCounter
+from tessella.storage import write_text
 
 if TYPE_CHECKING:
     from rich.console import Console

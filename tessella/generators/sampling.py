@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from typing import Concatenate, ParamSpec, TypeVar
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tessella.transformer import sampling
+from tessella.attention import sampling
 
 # What `sample` draws with: a seed, one generator, one for each sample, or whatever torch's own generator gives.
 Rng = int | torch.Generator | Sequence[torch.Generator] | None
@@ -94,12 +95,12 @@ def check_settings(codebook_size: int, *, temperature: float, top_k: int | None,
 
 
 def check_guidance(scale: float) -> None:
-    """Refuse a negative guidance scale.
+    """Refuse a guidance scale that is negative or no finite number.
 
     Raises:
-        ValueError: it is negative.
+        ValueError: it is.
     """
-    if scale < 0:
+    if not 0 <= scale < math.inf:
         raise ValueError(f"guidance must be >= 0 (1 is none), got {scale}")
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tessella.config import Configurable
+from tessella.errors import NotFiniteError
 
 
 @dataclass
@@ -94,7 +95,8 @@ class Quantizer(Configurable, nn.Module, ABC):
 
         Raises:
             TypeError: ``z`` is not floating point, or ``mask`` not boolean.
-            ValueError: wrong last dimension, wrong mask shape, NaN or infinity in ``z``.
+            ValueError: wrong last dimension, wrong mask shape.
+            NotFiniteError: NaN or infinity in ``z``.
         """
         self._check(z, mask)
         leading = z.shape[:-1]
@@ -168,7 +170,7 @@ class Quantizer(Configurable, nn.Module, ABC):
             if mask.shape != z.shape[:-1]:
                 raise ValueError(f"mask must have the shape of z without its last axis, {tuple(z.shape[:-1])}, "
                                  f"got {tuple(mask.shape)}")  # fmt: skip
-        _require(_all_finite(z), "z must be finite, but holds NaN or infinity")
+        _require(_all_finite(z), "z must be finite, but holds NaN or infinity", NotFiniteError)
 
     def extra_repr(self) -> str:
         """Shown by ``print(quantizer)``."""
@@ -188,13 +190,13 @@ def _all_finite(z: Tensor) -> Tensor:
     return low.isfinite() & high.isfinite()
 
 
-def _require(condition: Tensor, message: str) -> None:
-    """Raise ``ValueError(message)`` unless the scalar ``condition`` holds."""
+def _require(condition: Tensor, message: str, kind: type[ValueError] = ValueError) -> None:
+    """Raise ``kind(message)`` unless the scalar ``condition`` holds."""
     if torch.compiler.is_compiling():
         # An assertion inside the graph, which a Python branch on a tensor would break in two.
         torch._assert_async(condition, message)
     elif not condition:
-        raise ValueError(message)
+        raise kind(message)
 
 
 def check_positive(name: str, value: float) -> None:

@@ -14,8 +14,8 @@ from typing import TypeAlias
 
 import torch
 
-from tessella.checkpoint import write_bytes, write_text
 from tessella.reporting.pictures import Array, png
+from tessella.storage import write_bytes, write_text
 
 PAGE = "report.html"
 

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from tessella.checkpoint import write_bytes
 from tessella.evaluation.image import to_uint8
+from tessella.storage import write_bytes
 
 Array = NDArray[np.uint8]
 

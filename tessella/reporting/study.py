@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tessella.checkpoint import write_bytes
 from tessella.extras import require
 from tessella.reporting.plots import render
+from tessella.storage import write_bytes
 
 # Fixed, so that a method has one colour and marker in every plot and every run.
 _COLOURS = (

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from tessella.checkpoint import load, write_text
+from tessella.checkpoint import load
 from tessella.commands._data import data_section
 from tessella.commands.train import train
 from tessella.config import build_section, resolve_recipe
@@ -38,6 +38,7 @@ from tessella.processes import end_with_parent
 from tessella.recipe import to_toml
 from tessella.registry import Spec
 from tessella.reporting.study import plot_study
+from tessella.storage import write_text
 
 logger = logging.getLogger("tessella")
 

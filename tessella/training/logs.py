@@ -17,7 +17,8 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from tessella.checkpoint import write_text
+from tessella.storage import write_text
+from tessella.text import printable
 
 logger = logging.getLogger("tessella")
 
@@ -49,7 +50,7 @@ class RunLog:
         write_text(self._file, "".join(json.dumps(row) + "\n" for row in rows))
         self._stream = self._file.open("a", encoding="utf-8")
         self._handler = logging.FileHandler(self._text, encoding="utf-8")
-        self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        self._handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(message)s"))
         self._earlier.setTarget(self._handler)
         self._earlier.flush()
         self._earlier.setTarget(None)
@@ -98,14 +99,38 @@ def held_back(logger: logging.Logger) -> Iterator[MemoryHandler]:
 
 
 def read_log(file: Path) -> list[dict[str, float]]:
-    """The rows of ``log.jsonl``; a last line that a killed run left half-written is dropped."""
+    """The rows of ``log.jsonl``.
+
+    A last line that a killed run left half-written is dropped, and so is whatever was damaged since: a log must neither
+    keep a run from going on nor a report from being made.
+    """
     if not file.is_file():
         return []
-    *lines, last = file.read_text(encoding="utf-8").split("\n")
-    rows = [json.loads(line) for line in lines]
+    *lines, last = file.read_text(encoding="utf-8", errors="replace").split("\n")
+    rows = [row for row in map(_row, lines) if row is not None]
+    if len(rows) < len(lines):
+        logger.warning("%s: %d of %d rows are damaged and dropped", file, len(lines) - len(rows), len(lines))
     if last:
         logger.warning("%s ends in half a line, which is dropped", file)
     return rows
+
+
+def _row(line: str) -> dict[str, float] | None:
+    """A line's row, if it is one."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    whole = isinstance(row, dict) and isinstance(row.get("step"), int)
+    return row if whole and all(isinstance(value, int | float) for value in row.values()) else None
+
+
+class _OneLine(logging.Formatter):
+    """A message is one line, whatever the names in it are."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = printable(record.message)
+        return super().formatMessage(record)
 
 
 class TrainingProgress:

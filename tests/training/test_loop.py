@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -256,3 +257,49 @@ def test_log_rows_are_json_and_a_half_line_is_dropped(tmp_path: Path) -> None:
     file.write_text(json.dumps({"step": 1}) + "\n" + '{"step": 2, "lo')
     assert read_log(file) == [{"step": 1}]
     assert os.path.getsize(file) > 0
+
+
+def test_divergence_names_step_checkpoint_and_samples(workspace: Path) -> None:
+    import tessella
+
+    overrides = ["training.lr=1e10", "training.warmup_steps=0", "training.clip_norm=inf"]
+    with pytest.raises(TrainingError) as failure:
+        tessella.train("tiny.toml", out=Path("run"), overrides=overrides, device="cpu", quiet=True)
+    message = str(failure.value)
+    assert "at step" in message
+    assert "last good checkpoint" in message
+    assert ".png" in message
+
+
+def test_what_cannot_take_its_first_step_leaves_nothing(workspace: Path) -> None:
+    import tessella
+
+    for overrides in (["data.crop_px=18"], ["quantizer.codebook_size=0"], ["training.seed=-1"]):
+        with pytest.raises(ValueError):  # noqa: PT011
+            tessella.train("tiny.toml", out=Path("run"), overrides=overrides, device="cpu", quiet=True)
+        assert not Path("run").exists(), overrides
+    tessella.train("tiny.toml", out=Path("run"), overrides=["training.steps=1"], device="cpu", quiet=True)
+
+
+def test_data_that_changed_is_said_and_must_be_allowed(workspace: Path, caplog: pytest.LogCaptureFixture) -> None:
+    import tessella
+    from tessella.errors import ConfigError
+
+    settings = {"out": Path("run"), "device": "cpu", "quiet": True, "overrides": ["training.steps=12"]}
+    tessella.train("tiny.toml", **settings)  # type: ignore[arg-type]
+    shutil.rmtree("run/checkpoints/step-00000012")  # as if killed before its end
+    (workspace / "pictures/class_0/000.png").unlink()
+    with pytest.raises(ConfigError, match=r"the data is not what run began with \(.*\); --allow-changed-data"):
+        tessella.train("tiny.toml", **settings)  # type: ignore[arg-type]
+    tessella.train("tiny.toml", allow_changed_data=True, **settings)  # type: ignore[arg-type]
+    assert "going on all the same" in caplog.text
+
+
+def test_a_run_has_one_writer(workspace: Path) -> None:
+    import tessella
+    from tessella.storage import FolderInUse, lock_folder
+
+    with lock_folder(Path("run"), what="training"), pytest.raises(FolderInUse, match="run is being written by process"):
+        tessella.train("tiny.toml", out=Path("run"), device="cpu", quiet=True)
+    assert not Path("run").exists()
+    tessella.train("tiny.toml", out=Path("run"), overrides=["training.steps=1"], device="cpu", quiet=True)
