@@ -9,6 +9,7 @@ import os
 import struct
 import sys
 import tempfile
+import weakref
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -135,6 +136,7 @@ class RowFile:
 
     def _make_own(self) -> _Index:
         self._own = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as this object
+        weakref.finalize(self, self._own.close)
         index = _write(self._own, self._read())
         self._own.flush()
         return index
