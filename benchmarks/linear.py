@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from tessella.transformer import Linear, attend, sampling
+from tessella.attention import Linear, attend, sampling
 
 SHAPES = {"qkv": (768, 2304), "out": (768, 768), "up": (768, 4096), "down": (2048, 768), "head": (768, 16384)}
 WEIGHTS_BYTES = 60e6

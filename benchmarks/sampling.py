@@ -25,12 +25,13 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from tessella.attention import sampling
 from tessella.generators.ar import AR
 from tessella.generators.base import Generator
 from tessella.generators.coarse_to_fine import CoarseToFine
 from tessella.generators.sampling import generators
 from tessella.tokenizer import TokenSpace
-from tessella.transformer import default_hidden, sampling
+from tessella.transformer import default_hidden
 
 SHAPES = {"b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1280, 36, 20)}  # dim, layers, heads
 CODEBOOK_SIZE = 16384

@@ -1,7 +1,8 @@
 """Tessella: discrete tokenizers and generation on their tokens.
 
 ``tessella.load(path)`` returns a trained :class:`~tessella.tokenizer.Tokenizer`, ``tessella.load_generator(path)`` a
-generator with its tokenizer, ``tessella.build(recipe)`` an untrained one; every command is a function:
+generator with its tokenizer, ``tessella.build(recipe)`` an untrained one, ``tessella.from_pretrained(name)`` one from
+the hub or of a published checkpoint; every command is a function:
 ``tessella.train(...)``, ``tessella.tokenize(...)``, ``tessella.sample(...)``. ``tessella.quantizers`` holds every
 quantizer by its citation name; ``tessella.ops`` the exact large-codebook operations they are built on.
 
@@ -18,8 +19,10 @@ if TYPE_CHECKING:
     from tessella import autoencoders, conditioners, generators, ops, quantizers
     from tessella.checkpoint import load, load_generator
     from tessella.commands.build import build
+    from tessella.commands.compare import compare
     from tessella.commands.detokenize import detokenize
     from tessella.commands.evaluate import evaluate
+    from tessella.commands.predict import predict
     from tessella.commands.quickstart import quickstart
     from tessella.commands.report import report
     from tessella.commands.sample import sample
@@ -27,11 +30,15 @@ if TYPE_CHECKING:
     from tessella.commands.train import train
     from tessella.errors import TessellaError
     from tessella.generators.drawing import SampleSettings
+    from tessella.interop.convert import convert
+    from tessella.interop.hub import from_pretrained, generator_from_pretrained
     from tessella.registry import register
     from tessella.tokenizer import Reconstruction, Tokenizer, TokenSpace
 
 _MODULES = ("autoencoders", "conditioners", "generators", "ops", "quantizers")
-_COMMANDS = ("build", "detokenize", "evaluate", "quickstart", "report", "sample", "tokenize", "train")
+_COMMANDS = (
+    "build", "compare", "detokenize", "evaluate", "predict", "quickstart", "report", "sample", "tokenize", "train",
+)  # fmt: skip
 # Public name -> the module that defines it.
 _HOMES = {
     **{name: f"tessella.commands.{name}" for name in _COMMANDS},
@@ -40,6 +47,9 @@ _HOMES = {
     "TessellaError": "tessella.errors",
     "TokenSpace": "tessella.tokenizer",
     "Tokenizer": "tessella.tokenizer",
+    "convert": "tessella.interop.convert",
+    "from_pretrained": "tessella.interop.hub",
+    "generator_from_pretrained": "tessella.interop.hub",
     "load": "tessella.checkpoint",
     "load_generator": "tessella.checkpoint",
     "register": "tessella.registry",
@@ -47,8 +57,9 @@ _HOMES = {
 
 __all__ = [
     "Reconstruction", "SampleSettings", "TessellaError", "TokenSpace", "Tokenizer", "__version__", "autoencoders",
-    "build", "conditioners", "detokenize", "evaluate", "generators", "load", "load_generator", "ops", "quantizers",
-    "quickstart", "register", "report", "sample", "tokenize", "train",
+    "build", "compare", "conditioners", "convert", "detokenize", "evaluate", "from_pretrained",
+    "generator_from_pretrained", "generators", "load", "load_generator", "ops", "predict", "quantizers", "quickstart",
+    "register", "report", "sample", "tokenize", "train",
 ]  # fmt: skip
 
 

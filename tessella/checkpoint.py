@@ -12,20 +12,17 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
-import shutil
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from tessella.config import build_section, spec_of
@@ -35,7 +32,6 @@ from tessella.recipe import to_toml
 from tessella.registry import Spec
 from tessella.storage import (
     CHECKSUMS,
-    Output,
     StorageError,
     atomic_folder,
     recover,
@@ -44,6 +40,7 @@ from tessella.storage import (
     write_checksums,
     write_text,
 )
+from tessella.storage.tensors import write_state, write_tensors
 from tessella.tokenizer import Tokenizer
 
 logger = logging.getLogger("tessella")
@@ -196,29 +193,10 @@ def write_model(model: Model, folder: Path, state: dict[str, Any] | None = None)
     weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     # One metadata key: with several, their order, and so the file's bytes, would differ from save to save.
     about = {"version": FORMAT_VERSION, "fingerprint": fingerprint(model)}
-    try:
-        save_file(weights, folder / WEIGHTS, {"tessella": json.dumps(about)})
-    except SafetensorError as error:
-        raise _os_error(error, folder / WEIGHTS) from error
-    shutil.copymode(folder / RECIPE, folder / WEIGHTS)  # safetensors lets nobody else read it
+    write_tensors(folder / WEIGHTS, weights, {"tessella": json.dumps(about)})
     if state is not None:
-        _write_state(folder / STATE, state)
+        write_state(folder / STATE, {"version": FORMAT_VERSION, "state": state})
     write_checksums(folder)
-
-
-def _os_error(error: SafetensorError, file: Path) -> Exception:
-    """What the operating system said, out of the words of safetensors: ``I/O error: ... (os error 28)``."""
-    found = re.search(r"os error (\d+)", str(error))
-    return error if found is None else OSError(int(found[1]), os.strerror(int(found[1])), str(file))
-
-
-def _write_state(file: Path, state: dict[str, Any]) -> None:
-    with file.open("wb") as stream:
-        output = Output(stream)
-        try:
-            torch.save({"version": FORMAT_VERSION, "state": state}, cast(IO[bytes], output))
-        except RuntimeError as error:
-            raise output.error or error from error
 
 
 def write_recipe(folder: Path, recipe: Spec) -> None:
@@ -402,6 +380,7 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
         CheckpointError: missing or damaged.
     """
     file = checkpoint / STATE
+    recover(checkpoint.parent)
     with _advice(checkpoint):
         if not file.is_file():
             raise CheckpointError(f"{file} is missing")

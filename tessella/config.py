@@ -24,7 +24,10 @@ FIXED_SECTIONS: dict[str, tuple[str, frozenset[str]]] = {
     "tokenizer": ("tessella.tokenizer:Tokenizer", frozenset({"autoencoder", "quantizer"})),
     "space": ("tessella.tokenizer:TokenSpace", frozenset()),
     "training": ("tessella.training.loop:Loop", frozenset()),
+    "source": ("tessella.interop.base:Source", frozenset()),
 }
+# Where weights that were trained elsewhere come from: in recipes of converted models, and of what continues from them.
+OPTIONAL_SECTIONS = ("source",)
 # What a recipe trains -> its sections. A recipe with a [generator] trains that, any other a tokenizer. The program
 # writes [medium], which the data source names, and [space], the tokens a generator is for, when it has seen the
 # tokenizer.
@@ -195,7 +198,8 @@ def resolve_recipe(recipe: Spec) -> Spec:
     Raises:
         ConfigError: an unknown section or key, a missing one, or a wrong type.
     """
-    known = GENERATOR_SECTIONS if "generator" in recipe else TOKENIZER_SECTIONS
+    sections = GENERATOR_SECTIONS if "generator" in recipe else TOKENIZER_SECTIONS
+    known = (*sections, *OPTIONAL_SECTIONS)
     recipe = with_defaults(recipe)
     for key, value in recipe.items():
         if key not in known:
@@ -204,6 +208,8 @@ def resolve_recipe(recipe: Spec) -> Spec:
             raise ConfigError(f"'{key}' must be a table, got {value!r}")
     resolved: Spec = {}
     for section in known:
+        if section in OPTIONAL_SECTIONS and section not in recipe:
+            continue
         if section in FIXED_SECTIONS:
             target, given = FIXED_SECTIONS[section]
             resolved[section] = resolve(_target(target), recipe.get(section, {}), where=section, given=given)

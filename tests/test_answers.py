@@ -101,7 +101,7 @@ CASES: list[tuple[tuple[str, ...], str]] = [
     # places
     (("train", "tiny.toml", "--out", "tiny.toml"), "tiny.toml is a file, not a folder"),
     (("train", "tiny.toml", "--out", "pictures"), "pictures is not empty and holds no run"),
-    (("train", "tiny.toml", "--out", "run", *change("training.lr=0.1")), "holds a run of another recipe (training.lr: "),
+    (("train", "tiny.toml", "--out", "run", *change("training.lr=0.1")), "holds a run of another recipe (training.lr"),
     ((*TRAIN, "--device", "abacus"), "device 'abacus' cannot be used here"),
     ((*TRAIN, "--init", "nowhere"), "no model in nowhere"),
     ((*TRAIN, "--weights", "nowhere"), "nowhere"),

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tessella.transformer import Block, KVCache, Linear, Rotary, Transformer, default_hidden, rotate, sampling
+from tessella.attention import KVCache, Linear, Rotary, rotate, sampling
+from tessella.transformer import Block, Transformer, default_hidden
 
 DIM, HEADS = 32, 4
 

@@ -101,14 +101,7 @@ class Conv(Autoencoder):
         Raises:
             ValueError: wrong channels, or a side that is no multiple of the stride.
         """
-        if x.ndim != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f"x must be [B, {self.in_channels}, H, W], got {list(x.shape)}")
-        height, width = x.shape[-2:]
-        if height % self.stride or width % self.stride or not (height and width):
-            raise ValueError(
-                f"the sides of x must be multiples of the stride {self.stride}, got {height} x {width}; "
-                "crop the pictures, or let Tokenizer.encode pad them (pad=True)"
-            )
+        self._check(x)
         return self.encoder(F.pixel_unshuffle(x, self.patch_px)).movedim(1, -1)  # type: ignore[no-any-return]
 
     def decode(self, latent: Tensor) -> Tensor:
@@ -119,6 +112,16 @@ class Conv(Autoencoder):
     def last_layer(self) -> nn.Parameter:
         """See :class:`Autoencoder`."""
         return self.decoder.conv_out.get_parameter("weight")
+
+    def _check(self, x: Tensor) -> None:
+        if x.ndim != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(f"x must be [B, {self.in_channels}, H, W], got {list(x.shape)}")
+        height, width = x.shape[-2:]
+        if height % self.stride or width % self.stride or not (height and width):
+            raise ValueError(
+                f"the sides of x must be multiples of the stride {self.stride}, got {height} x {width}; "
+                "crop the pictures, or let Tokenizer.encode pad them (pad=True)"
+            )
 
 
 class Encoder(nn.Module):

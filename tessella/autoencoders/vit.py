@@ -109,7 +109,7 @@ class ViT(Autoencoder):
         grid = patches.shape[2:]
         tokens = patches.flatten(2).mT + self._positions(grid)
         if self.num_latents is not None:
-            tokens = torch.cat([tokens, self.queries.expand(len(x), -1, -1)], 1)
+            tokens = torch.cat([tokens, self.queries.expand(x.shape[0], -1, -1)], 1)
         latent: Tensor = self.to_latent(self.encoder(tokens))
         return latent.unflatten(1, grid) if self.num_latents is None else latent[:, -self.num_latents :]
 
@@ -130,7 +130,7 @@ class ViT(Autoencoder):
         else:
             grid = torch.Size([self.stride // self.patch_px] * 2)
             masks = self.mask_token + self._positions(grid)
-            tokens = torch.cat([masks.expand(len(latent), -1, -1), tokens + self.latent_positions], 1)
+            tokens = torch.cat([masks.expand(latent.shape[0], -1, -1), tokens + self.latent_positions], 1)
         patches: Tensor = self.patch_out(self.decoder(tokens)[:, : grid.numel()])
         return F.pixel_shuffle(patches.mT.unflatten(2, grid), self.patch_px)
 

@@ -191,6 +191,22 @@ def sample(
 
 
 @app.command()
+def predict(
+    model: Annotated[Path, typer.Argument(help="The run of a generator that reads pictures (stage II of UViM).")],
+    files: Annotated[list[Path], typer.Argument(help="Pictures, or folders of them.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the files; default: predicted, in the model's.")] = None,
+    temperature: Annotated[float, typer.Option(help="Divides the logits; 0 takes the likeliest code.")] = 0.0,
+    seed: Seed = 0,
+    device: Device = None,
+) -> None:
+    """Predict depth, colours or segments: a picture to look at and the values, for each picture."""
+    from tessella.commands.predict import predict
+
+    for prediction in predict(model, files, out=out, temperature=temperature, seed=seed, device=device):
+        say("{}: look at {}, values in {}", prediction.file, prediction.shown, prediction.values)
+
+
+@app.command()
 def report(
     model: Model,
     data: Data = None,

@@ -67,10 +67,15 @@ def source_class(name: str) -> type[Samples]:
 
 
 def data_of(tokenizer: Tokenizer, data: str | None, *, whole: bool = False, split: Split = "test") -> Spec:
-    """The section of the data to apply a tokenizer to; by default what it was trained on.
+    """:func:`data_for` a tokenizer: by default what it was trained on."""
+    return data_for((tokenizer.recipe or {}).get("data", {}), data, whole=whole, split=split)
+
+
+def data_for(trained: Spec, data: str | None, *, whole: bool = False, split: Split = "test") -> Spec:
+    """The section of the data to apply a tokenizer to.
 
     Args:
-        tokenizer: its recipe is asked.
+        trained: the section that it was trained on, or nothing; taken where no ``data`` is named.
         data: see :func:`data_section`.
         whole: signals at their own size instead of windows of them.
         split: ``test`` of data that nothing was trained on is all of it.
@@ -78,7 +83,6 @@ def data_of(tokenizer: Tokenizer, data: str | None, *, whole: bool = False, spli
     Raises:
         ConfigError: no such data, or none was named and the tokenizer knows of none.
     """
-    trained: Spec = (tokenizer.recipe or {}).get("data", {})
     section = trained
     if data is not None:
         section = data_section(trained, data)

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from tessella.checkpoint import load
 from tessella.commands._data import batches, data_of, describe, medium_of, named, open_data
 from tessella.commands._device import pick_device
-from tessella.commands._distribution import reference_of
+from tessella.commands._distribution import features_of, reference_of
+from tessella.commands._predictions import load_predictor, predicts
 from tessella.commands._samples import Rates, evaluate_samples
 from tessella.commands.build import is_generator
 from tessella.data.base import Batch, Split, to_device
@@ -22,7 +24,9 @@ from tessella.evaluation.distribution import (
     evaluate_distribution,
     evaluate_reconstruction_distribution,
 )
+from tessella.evaluation.features import Features
 from tessella.evaluation.reconstruction import ReconstructionRecord, evaluate_reconstruction
+from tessella.evaluation.reference import ReferenceStatistics
 from tessella.generators.drawing import SampleSettings
 from tessella.tokenizer import Tokenizer
 
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 EVALUATION = "evaluation.json"
+PREDICTIONS = "predictions.json"
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,9 @@ def evaluate(
 ) -> Evaluation:  # fmt: skip
     """Measure a tokenizer's reconstructions, or a generator's samples, and write the records.
 
+    Of a generator that reads contexts (dense prediction), ``predictions.json``: the tokenizer's numbers with the
+    likeliest codes in the place of the label's own; settings of sampling have no part in them. With a protocol also
+    ``predictions-PROTOCOL.json``, against the originals.
     Of a tokenizer, ``evaluation.json`` and with a protocol ``distribution-PROTOCOL.json``. Of a generator,
     ``samples-PROTOCOL.json``, and the training signals nearest to some samples, a check for memorised ones.
 
@@ -96,6 +104,9 @@ def evaluate(
     if is_generator(model):
         if whole:
             raise ConfigError("--whole is for tokenizers: a generator's samples have one size")
+        if predicts(model):
+            return _predictions(model, data, split=split, limit=limit, weights=weights, metrics=metrics or {},
+                                protocol=protocol, features=features, out=folder, device=place)  # fmt: skip
         record, rates, files = evaluate_samples(
             model, protocol=protocol or "efflite0", features=features or weights, data=data, split=split, limit=limit,
             reference=reference, count=samples, settings=settings or SampleSettings(), out=folder, device=place,
@@ -105,9 +116,11 @@ def evaluate(
     section = data_of(tokenizer, data, whole=whole, split=split)
     medium, dataset = medium_of(tokenizer, section), open_data(section, split)
     network = None if protocol is None else medium.feature_network(protocol, features or weights, place)
-    against = None
+    against: Features | ReferenceStatistics | None = None
     if network is not None and reference is not None:
         against = reference_of(reference, tokenizer, network, data=data, whole=whole, limit=limit)
+    elif network is not None and tokenizer.autoencoder.takes_context:
+        against = features_of(dataset, network, limit)
     measured = medium.metrics(weights=weights, protocol=protocol, **(metrics or {}))
     reconstruction = evaluate_reconstruction(
         tokenizer,
@@ -128,6 +141,34 @@ def evaluate(
         written.append(folder / f"distribution-{protocol}.json")
         distribution.write(written[-1])
     return Evaluation(reconstruction, distribution, None, tuple(written))
+
+
+def _predictions(
+    model: Path, data: str | None, *, split: Split, limit: int | None, weights: Path | None,
+    metrics: Mapping[str, Any], protocol: str | None, features: Path | None, out: Path, device: torch.device,
+) -> Evaluation:  # fmt: skip
+    """Measure what a generator and its tokenizer's decoder predict from contexts alone."""
+    predictor, tokenizer = load_predictor(model, device=device)
+    section = data_of(tokenizer, data, split=split)
+    medium, dataset = medium_of(tokenizer, section), open_data(section, split)
+    network = None if protocol is None else medium.feature_network(protocol, features or weights, device)
+    record = evaluate_reconstruction(
+        predictor,
+        batches(dataset, limit=limit, title="predict"),
+        medium.metrics(weights=weights, **metrics),
+        data=describe(section, split),
+    )
+    record.write(out / PREDICTIONS)
+    if network is None:
+        return Evaluation(record, None, None, (out / PREDICTIONS,))
+    again = batches(dataset, limit=limit, title=f"predict {protocol}")
+    distribution = evaluate_distribution(
+        _rebuilt(predictor, again), features_of(dataset, network, limit), network,
+        reference_name=f"originals of {named(section, split)}",
+    )  # fmt: skip
+    file = out / f"predictions-{protocol}.json"
+    distribution.write(file)
+    return Evaluation(record, distribution, None, (out / PREDICTIONS, file))
 
 
 def _rebuilt(tokenizer: Tokenizer, batches: Iterable[Batch]) -> Iterator[Tensor]:

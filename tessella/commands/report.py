@@ -16,13 +16,14 @@ from torch import Tensor
 from tessella.checkpoint import load, load_generator, load_recipe, model_folder
 from tessella.commands._data import data_of, medium_of, open_data
 from tessella.commands._device import pick_device
+from tessella.commands._predictions import dense, load_predictor, predicts
 from tessella.commands._progress import drawing
 from tessella.commands.build import is_generator
 from tessella.commands.evaluate import evaluate
 from tessella.data.base import Samples
 from tessella.generators.drawing import SampleSettings, chunks, classes_of, draw_batches
 from tessella.registry import find
-from tessella.reporting import Section, write_generator_report, write_report
+from tessella.reporting import Section, Table, write_generator_report, write_report
 from tessella.training.logs import LOG, read_log
 
 _SHOWN = 12
@@ -60,20 +61,26 @@ def report(
         codebook: Tensor | None = tokenizer.quantizer.codebook
     except ValueError:  # too large to build; the page then colours tokens by their number
         codebook = None
+    medium, originals, rebuilt, tokens = medium_of(tokenizer, section), x.cpu(), x_hat.cpu(), indices.cpu()
     return write_report(
         folder,
         title=f"{type(tokenizer.quantizer).__name__} tokenizer on {section['name']}",
         command=command,
         evaluation=evaluation.reconstruction,
         log_rows=read_log(model / LOG),
-        shown=medium_of(tokenizer, section).show(x.cpu(), x_hat.cpu(), indices.cpu(), codebook, keys),
+        shown=medium.show(originals, rebuilt, tokens, codebook, keys)
+        if context is None
+        else medium.show_with_context(originals, rebuilt, context.cpu(), tokens, codebook, keys),
         sections=sections,
     )
 
 
 def _report_generator(model: Path, *, data: str | None, out: Path, device: str | None, command: str) -> Path:
     started = time.monotonic()
-    section, _ = show_samples(model, data=data, device=device)
+    if predicts(model):
+        section = _show_predictions(model, data=data, out=out, device=device)
+    else:
+        section, _ = show_samples(model, data=data, device=device)
     records = sorted(model.glob("samples-*.json"))
     recipe = load_recipe(model_folder(model))
     return write_generator_report(
@@ -85,6 +92,22 @@ def _report_generator(model: Path, *, data: str | None, out: Path, device: str |
         distribution=json.loads(records[0].read_text(encoding="utf-8")) if records else None,
         seconds=time.monotonic() - started,
     )
+
+
+def _show_predictions(model: Path, *, data: str | None, out: Path, device: str | None) -> Section:
+    """Contexts, labels, oracle and predictions, and the numbers of all predictions."""
+    record = evaluate(model, data=data, out=out, device=device).reconstruction
+    assert record is not None
+    predictor, oracle = load_predictor(model, device=pick_device(device))
+    section = data_of(oracle, data)
+    x, context, keys = _spread(open_data(section, "test"), _SHOWN, oracle.device)
+    assert context is not None
+    best, predicted = (one.decode(one.encode(x, context), context).cpu() for one in (oracle, predictor))
+    page = dense(medium_of(oracle, section)).show_predictions(
+        context.cpu(), x.cpu(), best, predicted, keys, "the likeliest at each place."
+    )
+    rows = [(number.label, number.value, number.meaning) for number in record.numbers]
+    return Section(page.title, page.text, [*page.blocks, Table(("metric", "value", "how it is measured"), rows)])
 
 
 def show_samples(

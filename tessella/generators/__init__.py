@@ -1,4 +1,4 @@
-"""Generators: next-token, masked, coarse-to-fine, and over the digits of codes."""
+"""Generators: next-token, masked, coarse-to-fine, over the digits of codes, and across from a condition."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from tessella.generators.ar import AR
 from tessella.generators.base import Generator, Guidance, Loss
 from tessella.generators.coarse_to_fine import CoarseToFine
 from tessella.generators.digits import Digits
+from tessella.generators.encoder_decoder import EncoderDecoder
 from tessella.generators.masked_bits import MaskedBits
 from tessella.generators.maskgit import MaskGIT
 
-__all__ = ["AR", "CoarseToFine", "Digits", "Generator", "Guidance", "Loss", "MaskGIT", "MaskedBits"]
+__all__ = ["AR", "CoarseToFine", "Digits", "EncoderDecoder", "Generator", "Guidance", "Loss", "MaskGIT", "MaskedBits"]

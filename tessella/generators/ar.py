@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tessella.attention import Rotary
 from tessella.conditioners.base import Conditioner
 from tessella.config import build
 from tessella.generators.base import Generator, Guidance, Loss
@@ -26,7 +27,7 @@ from tessella.generators.sampling import (
     uniforms,
 )
 from tessella.tokenizer import TokenSpace
-from tessella.transformer import Rotary, Transformer
+from tessella.transformer import Transformer
 
 _ORDERS = {"flattened": flattened, "delay": delay, "parallel": parallel}
 

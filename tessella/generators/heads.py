@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tessella.transformer import Linear
+from tessella.attention import Linear
 
 
 class CodebookHeads(nn.ModuleList):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tessella.attention import Linear
 from tessella.config import resolve
 from tessella.generators.ar import AR
 from tessella.generators.base import Guidance, Loss
@@ -16,7 +17,7 @@ from tessella.generators.heads import CodebookHeads
 from tessella.generators.maskgit import gumbel, least_confident
 from tessella.generators.sampling import Rng, check_settings, choose, guided_halves, inference, one_each
 from tessella.tokenizer import TokenSpace
-from tessella.transformer import Linear, Transformer
+from tessella.transformer import Transformer
 
 
 class MaskedHead(nn.Module):

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from tessella.attention import Linear
 from tessella.conditioners.base import Conditioner
 from tessella.conditioners.label import Label
 from tessella.config import build
@@ -25,7 +26,7 @@ from tessella.generators.sampling import (
 from tessella.generators.schedules import group_ends, low_discrepancy_order, num_remasked, random_masks
 from tessella.quantizers.base import check_choice
 from tessella.tokenizer import TokenSpace
-from tessella.transformer import Linear, Transformer
+from tessella.transformer import Transformer
 
 # FSQ's bound on r: at least the share cos(pi/2 (1 - r)) = 0.45 of the tokens is hidden, 0.809 on average.
 _MIN_MASK_RATIO = 1 - 2 * math.acos(0.45) / math.pi

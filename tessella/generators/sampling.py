@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tessella.transformer import sampling
+from tessella.attention import sampling
 
 # What `sample` draws with: a seed, one generator, one for each sample, or whatever torch's own generator gives.
 Rng = int | torch.Generator | Sequence[torch.Generator] | None

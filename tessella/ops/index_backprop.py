@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tessella.ops._softmax import row_weights, softmax_codes
+from tessella.ops._softmax import softmax_codes
+from tessella.ops._softmax_parts import row_weights
 from tessella.ops._tiles import check_mask, check_temperature, check_vectors, compute_dtype
 
 

@@ -13,6 +13,7 @@ from tessella.quantizers.lfq import LFQ
 from tessella.quantizers.residual import Residual
 from tessella.quantizers.scq import SCQ
 from tessella.quantizers.simvq import SimVQ
+from tessella.quantizers.uvim_vq import UViMVQ
 from tessella.quantizers.vq import VQ
 
 __all__ = [
@@ -29,4 +30,5 @@ __all__ = [
     "Quantizer",
     "Residual",
     "SimVQ",
+    "UViMVQ",
 ]

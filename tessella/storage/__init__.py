@@ -11,8 +11,8 @@ from tessella.storage.writing import (
     recover,
     remove_folder,
     write_bytes,
+    write_errors,
     write_text,
-    writing,
 )
 
 __all__ = [
@@ -34,7 +34,7 @@ __all__ = [
     "verify",
     "write_bytes",
     "write_checksums",
+    "write_errors",
     "write_sealed",
     "write_text",
-    "writing",
 ]

@@ -74,7 +74,8 @@ def seal(values: dict[str, Any]) -> dict[str, Any]:
     Args:
         values: anything that JSON can hold.
     """
-    return {**values, _SEAL: _checksum(values)}
+    rest = {key: value for key, value in values.items() if key != _SEAL}
+    return {**rest, _SEAL: _checksum(rest)}
 
 
 def unseal(values: dict[str, Any], *, where: str | Path) -> dict[str, Any]:

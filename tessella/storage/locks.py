@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tessella.storage.writing import HOST, StorageError, is_alive, own_leftovers, writing
+from tessella.storage.writing import HOST, StorageError, is_alive, is_temporary, write_errors
 from tessella.text import printable
 
 try:
@@ -55,7 +55,7 @@ def lock_folder(path: Path, *, what: str) -> Iterator[None]:
     """
     file = (path / LOCK).resolve()
     with ExitStack() as stack:
-        with writing(path):
+        with write_errors(path):
             made = [folder for folder in (path, *path.parents) if not folder.exists()]
             path.mkdir(parents=True, exist_ok=True)
             stack.callback(_remove_empty, made)
@@ -64,7 +64,7 @@ def lock_folder(path: Path, *, what: str) -> Iterator[None]:
             descriptor = _acquire(path, file)
         _held[file] = _about(what)
         try:
-            with writing(path):
+            with write_errors(path):
                 os.lseek(descriptor, 0, os.SEEK_SET)
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, json.dumps(_held[file]).encode())
@@ -80,14 +80,16 @@ def lock_folder(path: Path, *, what: str) -> Iterator[None]:
 
 
 def holds_nothing(folder: Path) -> bool:
-    """Whether a folder is missing or holds nothing but a lock and what killed writers left under temporary names."""
-    if not folder.exists():
-        return True
-    return {path.name for path in folder.iterdir()} <= {LOCK, *(path.name for path in own_leftovers(folder))}
+    """Whether a folder is missing, or holds nothing but a lock and unfinished work.
+
+    To whoever has locked the folder, all unfinished work is a killed writer's.
+    """
+    return not folder.exists() or all(path.name == LOCK or is_temporary(path.name) for path in folder.iterdir())
 
 
 def _acquire(path: Path, file: Path) -> int:
     """The locked file, open."""
+    dead: dict[str, Any] = {}
     while True:
         try:
             descriptor, made = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), True
@@ -103,11 +105,12 @@ def _acquire(path: Path, file: Path) -> int:
                 if not before or before.get("host") != HOST or is_alive(int(before.get("pid", 0))):
                     raise FolderInUse(f"{_refusal(path, before)}; delete {file} if that is no longer so")
                 file.unlink(missing_ok=True)
+                dead = before
             elif locked is False:
                 raise FolderInUse(_refusal(path, before))
-            if before:
-                logger.warning("%s was left locked by %s, which is no more; taken over", path, _name(before))
-            if file.exists() and os.path.samestat(os.fstat(descriptor), os.stat(file)):
+            if _is_still(descriptor, file):
+                if dead := dead or before:
+                    logger.warning("%s was left locked by %s, which is no more; taken over", path, _name(dead))
                 return descriptor
         except BaseException:
             os.close(descriptor)
@@ -129,6 +132,13 @@ def _lock(descriptor: int) -> bool | None:
             return None
         raise
     return True
+
+
+def _is_still(descriptor: int, file: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(file))
+    except FileNotFoundError:
+        return False
 
 
 def _about(what: str) -> dict[str, Any]:

@@ -26,6 +26,7 @@ HOST = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>[0-9]+)(?:@(?P<host>[^@]*))?\.(?P<kind>tmp|old)")
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)  # a kernel or a file system without it
+_NO_FOLDER = (FileExistsError, NotADirectoryError)  # as making it, and going into it, put it
 
 _at_work: set[Path] = set()  # temporary names that this process is writing
 
@@ -35,7 +36,7 @@ class StorageError(TessellaError, RuntimeError):
 
 
 @contextmanager
-def writing(target: Path, temporary: Path | None = None) -> Iterator[None]:
+def write_errors(target: Path, temporary: Path | None = None) -> Iterator[None]:
     """Turn errors of the operating system into ones that name what could not be written, and why.
 
     Raises:
@@ -50,9 +51,10 @@ def writing(target: Path, temporary: Path | None = None) -> Iterator[None]:
         name = str(error.filename or target)
         name = name if temporary is None else name.replace(str(temporary), str(target))
         where = name if name.startswith(str(target)) else f"{target} ({name})"
-        raise StorageError(
-            f"could not write {where}: {error.strerror or error}; what was there before is untouched"
-        ) from error
+        reason = (
+            "there is a file where a folder should be" if isinstance(error, _NO_FOLDER) else error.strerror or error
+        )
+        raise StorageError(f"could not write {where}: {reason}; what was there before is untouched") from error
 
 
 class Output:
@@ -89,7 +91,7 @@ def write_bytes(file: Path, data: bytes) -> None:
         StorageError: it could not be written; the message says why.
     """
     temporary = _temporary(file, "tmp")
-    with writing(file, temporary), _working(temporary):
+    with write_errors(file, temporary), _working(temporary):
         file.parent.mkdir(parents=True, exist_ok=True)
         _clear_once(_absolute(file.parent))
         try:
@@ -116,11 +118,11 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     """
     target = target.resolve() if target.is_symlink() else target
     temporary = _temporary(target, "tmp")
-    with writing(target, temporary), _working(temporary):
+    with write_errors(target, temporary), _working(temporary):
         target.parent.mkdir(parents=True, exist_ok=True)
         clear_leftovers(target.parent)
         if target.exists() and not target.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, "it is a file, not a folder", str(target))
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target))
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             temporary.mkdir()
@@ -136,7 +138,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 def remove_folder(folder: Path) -> None:
     """Delete a folder: it is gone from its name at once, and a killed process leaves no part of it there."""
     temporary = _temporary(folder, "tmp")
-    with writing(folder, temporary), _working(temporary):
+    with write_errors(folder, temporary), _working(temporary):
         folder.rename(temporary)
         shutil.rmtree(temporary)
 
@@ -197,7 +199,7 @@ def recover(folder: Path) -> None:
     for path, found in _stale(folder):
         target = folder / found["name"]
         if found["kind"] == "old" and not target.exists():
-            with writing(target), contextlib.suppress(FileNotFoundError):  # another process was faster
+            with write_errors(target), contextlib.suppress(FileNotFoundError):  # another process was faster
                 path.rename(target)
                 logger.warning("put %s back, which a killed process was about to replace", target)
 
@@ -223,7 +225,11 @@ def _stale(folder: Path) -> Iterator[tuple[Path, re.Match[str]]]:
     """Temporary names in ``folder`` whose writer is dead, each with its parts."""
     if not folder.is_dir():
         return
-    for name in sorted(os.listdir(folder)):
+    try:
+        there = sorted(os.listdir(folder))
+    except PermissionError:  # a folder that one may go through, but not look into
+        return
+    for name in there:
         found = _TEMPORARY.fullmatch(name)
         if found is None or found["host"] not in (None, HOST):
             continue
@@ -243,7 +249,16 @@ def is_alive(pid: int) -> bool:
         return False
     except PermissionError:
         return True
-    return True
+    try:  # one that ended, but that its parent did not ask for yet, is still listed
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(") ")[2][:1]
+    except OSError:
+        return True
+    return state not in ("Z", "X")
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file or folder is called as a writer's unfinished work is."""
+    return _TEMPORARY.fullmatch(name) is not None
 
 
 def _temporary(target: Path, kind: str) -> Path:

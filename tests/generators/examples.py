@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tessella import config, registry
 from tessella.generators.base import Generator
@@ -15,6 +16,7 @@ from tessella.tokenizer import TokenSpace
 NUM_CLASSES = 5
 LABEL = {"name": "label", "num_classes": NUM_CLASSES}
 NONE = {"name": "none"}
+PICTURE = {"name": "image", "size_px": [8, 12], "patch_px": 4, "num_layers": 1, "num_heads": 2}
 
 SQUARE = TokenSpace((3, 4), 1, 11, "f" * 16)
 STACK = TokenSpace((2, 3), 3, 11, "f" * 16)
@@ -43,6 +45,12 @@ class Example:
     @property
     def conditional(self) -> bool:
         return bool(self.arguments["conditioner"] == LABEL)
+
+    def condition(self, batch_size: int) -> Tensor | None:
+        """Labels in turn, or random pictures; None without a condition."""
+        if self.arguments["conditioner"] == PICTURE:
+            return torch.rand(batch_size, 3, 8, 12, generator=torch.Generator().manual_seed(7)) * 2 - 1
+        return torch.arange(batch_size) % NUM_CLASSES if self.conditional else None
 
     def make(self) -> Generator:
         """As a program makes it: built from a section, then shown the tokenizer's codes."""
@@ -83,6 +91,9 @@ EXAMPLES = [
         first_loss=math.log(2 * 4 + 1) + math.log(11),
         tolerance=0.2,
     ),
+    # The start of the sequence is a token too.
+    Example("encoder_decoder", {"conditioner": PICTURE, **SMALL}, first_loss=math.log(11 + 1)),
+    Example("encoder_decoder", {"conditioner": PICTURE, **SMALL}, TokenSpace((5,), 1, 18, "f" * 16), math.log(18 + 1)),
     # Input and output share one table, which also holds the labels and MASK: near ln(number of rows), not exactly.
     Example("maskgit", {"conditioner": LABEL, **_MASKGIT}, first_loss=math.log(11 + NUM_CLASSES + 1), tolerance=0.2),
     Example("maskgit", {"conditioner": NONE, **_MASKGIT}, LINE, first_loss=math.log(2 * 11 + 1), tolerance=0.2),

@@ -28,7 +28,7 @@ def indices(example: Example, batch_size: int = 3, seed: int = 0) -> Tensor:
 
 
 def labels(example: Example, batch_size: int = 3) -> Tensor | None:
-    return torch.arange(batch_size) % NUM_CLASSES if example.conditional else None
+    return example.condition(batch_size)
 
 
 def lively(example: Example) -> Generator:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tessella.ops import index_backprop
-from tessella.ops._softmax import SWEPT, softmax_codes
+from tessella.ops._softmax import softmax_codes
+from tessella.ops._softmax_parts import SWEPT
 from tessella.ops._tiles import forced_tile
 
 TILES = [(7, 13), (23, 64), (1024, 1024)]

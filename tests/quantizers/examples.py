@@ -41,6 +41,7 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
         {"codebook_size": 16, "dim": 4, "solver": "exact"},
     ],
     "simvq": [{"codebook_size": 16, "dim": 4}, {"codebook_size": 16, "dim": 4, "estimator": "rotation"}],
+    "uvim_vq": [{"codebook_size": 16, "dim": 4}, {"codebook_size": 16, "dim": 4, "dead_codes": "keep"}],
     "vq": [
         {"codebook_size": 16, "dim": 4},
         {"codebook_size": 16, "dim": 4, "entropy_weight": 0.1, "entropy_temperature": 0.5},

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tessella.ops import convex, nearest
+from tessella.ops import _convex_solver, convex, nearest
+from tessella.ops._convex_solver import Problem, spectrum
 from tessella.ops.convex import ConvexCode, Solver, convex_combination
 from tessella.ops.simplex import project_simplex
 from tessella.quantizers.scq import SCQ
@@ -227,7 +228,7 @@ class TestSolvers:
         codes.requires_grad_()
         results = []
         for elements in (1, 200, 1 << 20):
-            monkeypatch.setattr(convex, "CPU_TILE_ELEMENTS", elements)
+            monkeypatch.setattr(_convex_solver, "CPU_TILE_ELEMENTS", elements)
             z_q = solve(z, codes, 0.1).z_q
             results.append((z_q, *torch.autograd.grad(z_q.square().sum(), (z, codes))))
         for other in results[1:]:
@@ -298,11 +299,11 @@ class _LargestTensor(TorchDispatchMode):
 @every_solver
 def test_memory_is_bounded(solver: Solver, monkeypatch: pytest.MonkeyPatch) -> None:
     # V x V would be 4e6 elements and N x V 1e5, against a budget of 2e4 and codes of 8e3.
-    monkeypatch.setattr(convex, "CPU_TILE_ELEMENTS", 20_000)
+    monkeypatch.setattr(_convex_solver, "CPU_TILE_ELEMENTS", 20_000)
     z, codes = (x.float() for x in problem(50, 2000, 4))
-    energy, lambda_ = convex._spectrum(codes, 0.1)
+    energy, lambda_ = spectrum(codes, 0.1)
     with _LargestTensor() as forward:
-        shared = convex._Problem.build(codes, lambda_, energy, solver, 3, 1e-2)
+        shared = Problem.build(codes, lambda_, energy, solver, 3, 1e-2)
         z_q, values, columns, support_size, _, _ = convex.combine_rows(shared, z, nearest(z, codes), None, 64)
     saved = convex._Saved(z, nearest(z, codes), z_q, values, columns, support_size)
     with _LargestTensor() as backward:
