@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple, NotRequired, TypedDict, cast
 
@@ -215,6 +215,21 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     """The same batch with its tensors on ``device``."""
     moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     return cast(Batch, moved)
+
+
+def of_one_size(batch: Batch) -> Iterator[Batch]:
+    """The batch, or each of its signals without what it was padded by."""
+    if not len(batch["x"]):
+        return
+    if "extent" not in batch:
+        yield batch
+        return
+    for row, extent in enumerate(batch["extent"].tolist()):
+        window = (slice(row, row + 1), slice(None), *map(slice, extent))
+        one = Batch(x=batch["x"][window], label=batch["label"][row : row + 1], key=[batch["key"][row]], skipped=[])
+        if "context" in batch:
+            one["context"] = batch["context"][row : row + 1]
+        yield one
 
 
 def list_skipped(skipped: Iterable[tuple[str, str]]) -> str:

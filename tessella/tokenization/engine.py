@@ -16,6 +16,7 @@ import torch
 from tessella.checkpoint import load
 from tessella.config import build
 from tessella.data.base import DataError, Samples, list_skipped
+from tessella.data.tokens import MANIFEST
 from tessella.errors import ConfigError, TessellaError
 from tessella.registry import Spec, find
 from tessella.storage import lock_folder
@@ -62,6 +63,18 @@ class TokenizeResult:
     split: str
     seconds: float
     profile: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """How many of how many, of which split; and where the time went, if that was asked for."""
+        part = {"all": "both parts", "train": "the training part", "test": "the held-out part"}[self.split]
+        skipped = f"; {self.num_skipped:,} could not be read, {MANIFEST} says why" if self.num_skipped else ""
+        there = self.num_shards - self.num_made
+        earlier = f"; {there:,} of {self.num_shards:,} shards were there" if there else ""
+        seconds = "".join(f"; {name} {spent:.1f} s" for name, spent in self.profile.items())
+        return (
+            f"{self.num_rows:,} rows of {self.num_inputs:,} of {self.num_available:,} signals ({part})"
+            f"{skipped}{earlier}{seconds}"
+        )
 
 
 def tokenize_dataset(
