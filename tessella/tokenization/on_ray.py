@@ -43,8 +43,9 @@ class OnRay(Executor):
         ray = require("ray", extra="ray")
         joined = ray.is_initialized()
         if not joined:
-            address = os.environ.get("RAY_ADDRESS")
-            dashboard = False if address is None else None
+            # "local": without an address Ray would look for whatever was started last on this machine.
+            address = os.environ.get("RAY_ADDRESS", "local")
+            dashboard = False if address == "local" else None
             try:
                 ray.init(address, log_to_driver=False, include_dashboard=dashboard, logging_level=logging.ERROR)
             except ConnectionError as error:
