@@ -24,6 +24,7 @@ from tessella.text import name_to_text
 # Sets of more are not held in memory by every process that reads them.
 _IN_MEMORY_BYTES = 256 * 2**20
 
+_LARGEST_LABEL = 2**63 - 1
 _BUFFER_BYTES = 2**20
 _BATCH_ROWS = 32
 
@@ -252,6 +253,8 @@ def _read_rows(file: Path, columns: _Columns) -> Iterator[Row]:
                 images = table[columns.image]
                 labels = [UNKNOWN_LABEL] * len(images) if columns.label is None else table[columns.label].to_pylist()
                 for image, label in zip(images, labels, strict=True):
+                    if label is not None and label > _LARGEST_LABEL:
+                        raise DataError(f"{file}: label {label} does not fit into 64 bits with a sign")
                     yield image.as_py(), UNKNOWN_LABEL if label is None else label
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{file} cannot be read: {error}") from error

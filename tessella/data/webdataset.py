@@ -34,6 +34,9 @@ class WebDataset(ImageDataset):
         crop_px: side of the square crop in pixels; None keeps whole pictures.
         resize_px: length in pixels that the shorter side is brought to first.
         flip: in training, mirror half of the pictures left to right.
+        channels: 1 grey, 3 RGB, 4 RGBA, or any other number; what becomes of pictures with others says
+            :func:`~tessella.data.decode.decode`.
+        bit_depth: 8, or 16 to keep the levels of 16-bit pictures.
         held_out: the share of samples held out where no file separates them; 1 for all.
 
     Raises:
@@ -49,9 +52,13 @@ class WebDataset(ImageDataset):
         crop_px: int | None = None,
         resize_px: int | None = None,
         flip: bool = False,
+        channels: int = 3,
+        bit_depth: BitDepth = 8,
         held_out: float = 0.05,
     ) -> None:
-        super().__init__(split=split, crop_px=crop_px, resize_px=resize_px, flip=flip)
+        super().__init__(
+            split=split, crop_px=crop_px, resize_px=resize_px, flip=flip, channels=channels, bit_depth=bit_depth
+        )
         check_share(held_out)
         files, separate = _files_of_split(Path(path), split)
         base = Path(path) if Path(path).is_dir() else Path(path).parent
@@ -69,7 +76,7 @@ class WebDataset(ImageDataset):
     def read(self, index: int) -> Picture:
         """The sample's picture, its label, and "file.tar/name" as the key."""
         sample = self._samples[index]
-        return Picture(decode_rgb(self._bytes(sample, sample.picture), sample.key), self._label(sample), sample.key)
+        return Picture(self.decode(self._bytes(sample, sample.picture), sample.key), self._label(sample), sample.key)
 
     def _label(self, sample: _Sample) -> int:
         if sample.label is None:
