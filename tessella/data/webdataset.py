@@ -10,9 +10,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tessella.data._errors import DataError, UnreadableImage
+from tessella.data._names import identity_of
+from tessella.data._pixels import BitDepth
 from tessella.data._splits import TEST_NAMES, TRAIN_NAME, check_share, find_test_name, held_out_part
 from tessella.data.base import UNKNOWN_LABEL, ImageDataset, Picture, Split
-from tessella.data.decode import decode_rgb, picture_extensions
+from tessella.data.decode import picture_extensions
+from tessella.registry import Spec
+from tessella.text import name_to_text
 
 # A label is a small number in a small file; what is larger is none.
 _MOST_LABEL_BYTES = 1 << 16
@@ -63,7 +67,8 @@ class WebDataset(ImageDataset):
         files, separate = _files_of_split(Path(path), split)
         base = Path(path) if Path(path).is_dir() else Path(path).parent
         self._base = base
-        samples = [sample for file in files for sample in _samples(file, base)]
+        endings = picture_extensions(channels, bit_depth)
+        samples = [sample for file in files for sample in _samples(file, base, endings)]
         if not samples:
             raise DataError(f"no picture in {', '.join(map(str, files))}")
         chosen = range(len(samples)) if separate else held_out_part([s.key for s in samples], split, held_out)
@@ -72,6 +77,10 @@ class WebDataset(ImageDataset):
     def __len__(self) -> int:
         """The number of samples."""
         return len(self._samples)
+
+    def identity(self) -> Spec:
+        """Their number, and a hash over their keys and the sizes of their pictures."""
+        return identity_of((sample.key, sample.picture.size) for sample in self._samples)
 
     def read(self, index: int) -> Picture:
         """The sample's picture, its label, and "file.tar/name" as the key."""
@@ -125,7 +134,7 @@ def _files_of_split(path: Path, split: Split) -> tuple[list[Path], bool]:
         return [path], False
     if not path.is_dir():
         raise DataError(f"path {str(path)!r} does not exist; give a tar file, or a folder of them")
-    found = sorted(path.glob("*.tar"))
+    found = sorted(file for file in path.glob("*.tar") if file.is_file())
     if not found:
         raise DataError(f"path {str(path)!r} holds no file ending in .tar")
     by_split: dict[str, list[Path]] = {}
@@ -141,9 +150,13 @@ def _files_of_split(path: Path, split: Split) -> tuple[list[Path], bool]:
     return by_split[name], True
 
 
-def _samples(file: Path, base: Path) -> Iterator[_Sample]:
+def _samples(file: Path, base: Path, endings: frozenset[str]) -> Iterator[_Sample]:
     """The samples of a tar file, in its order."""
     relative = file.relative_to(base).as_posix()
+
+    def sample(group: str, picture: _Place, label: _Place | None) -> _Sample:
+        return _Sample(name_to_text(f"{relative}/{group}"), relative, picture, label)
+
     group, picture, label = "", None, None
     for name, place in _members(file):
         folder, _, last = name.rpartition("/")
@@ -151,14 +164,14 @@ def _samples(file: Path, base: Path) -> Iterator[_Sample]:
         member = f"{folder}/{stem}" if folder else stem
         if member != group:
             if picture is not None:
-                yield _Sample(f"{relative}/{group}", relative, picture, label)
+                yield sample(group, picture, label)
             group, picture, label = member, None, None
-        if f".{extension.lower().rpartition('.')[2]}" in picture_extensions() and picture is None:
+        if f".{extension.lower().rpartition('.')[2]}" in endings and picture is None:
             picture = place
         elif extension == "cls" or (extension == "json" and label is None):
             label = place
     if picture is not None:
-        yield _Sample(f"{relative}/{group}", relative, picture, label)
+        yield sample(group, picture, label)
 
 
 def _members(file: Path) -> Iterator[tuple[str, _Place]]:
