@@ -210,6 +210,16 @@ def test_a_damaged_file_raises_nothing_else(tmp_path: Path) -> None:
     assert refused > 60
 
 
+def test_identity_is_of_rows_and_files(tmp_path: Path) -> None:
+    write_levels(tmp_path / "test-0.parquet", range(9))
+    identity = Parquet(tmp_path, split="test").identity()
+    assert identity["count"] == 9
+    write_levels(tmp_path / "test-0.parquet", range(10))
+    longer = Parquet(tmp_path, split="test").identity()
+    assert longer["count"] == 10
+    assert longer["hash"] != identity["hash"]
+
+
 def test_files_that_differ_are_named(tmp_path: Path) -> None:
     write_levels(tmp_path / "test-0.parquet", range(2), {"class_names": "a\nb"})
     write_levels(tmp_path / "test-1.parquet", range(2), {"class_names": "b\na"})
