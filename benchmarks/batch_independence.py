@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=2 python benchmarks/batch_independence.py [RUN ...]
 
-Prints, for every tokenizer, float32 and bfloat16 autocast, and 1 and 2 threads, the largest share over batches of 2, 3, 7
-and 64 signals against each signal alone.
+Prints, for every tokenizer, float32 and bfloat16 autocast, and 1 and 2 threads, the largest share over batches of 2, 3,
+7 and 64 signals against each signal alone.
 """
 
 from __future__ import annotations
