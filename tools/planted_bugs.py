@@ -185,6 +185,11 @@ BUGS = [
     Bug("fine guidance left out", "generators/coarse_to_fine.py", "if scale == 1 or condition is None:", "if True:"),
     Bug("code length without the coarse part", "generators/coarse_to_fine.py", "return self.coarse.bits(labels, condition) + fine", "return fine"),
     Bug("the null is a class", "conditioners/label.py", "self.embedding.weight[-1].expand", "self.embedding.weight[0].expand"),
+    Bug("UViM's vectors not standardised", "quantizers/uvim_vq.py", "functional.layer_norm(z, (self.dim,))", "z"),
+    Bug("UViM's codes not split", "quantizers/uvim_vq.py", 'dead_codes: DeadCodes = "split"', 'dead_codes: DeadCodes = "keep"'),
+    Bug("codes not shifted by the start token", "generators/encoder_decoder.py", "self._within_limits(logits[..., 1:], 0)", "self._within_limits(logits[..., :-1], 0)"),
+    Bug("the decoder sees the token it predicts", "generators/encoder_decoder.py", "functional.pad(tokens[:, :-1], (1, 0), value=_START)", "tokens"),
+    Bug("a cached step at the first place", "generators/encoder_decoder.py", "self.positions[step]", "self.positions[0]"),
 ]  # fmt: skip
 
 

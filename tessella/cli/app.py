@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from tessella.cli.answers import console, say
+from tessella.cli.exchange import exchange
 from tessella.cli.options import (
     AnySplit,
     Data,
@@ -35,6 +36,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.add_typer(study, name="study")
+app.add_typer(exchange)
 
 
 @app.command()
