@@ -36,7 +36,9 @@ def data_section(section: Spec, where: str) -> Spec:
     """
     chosen, path = _source(section, where)
     own = {key: value for key, value in section.items() if key != "path"} if section.get("name") == chosen else {}
-    carried = {key: section[key] for key in source_class(chosen).carries if section.get(key) is not None}
+    source = source_class(chosen)
+    taken = source.carries & inspect.signature(source).parameters.keys()
+    carried = {key: section[key] for key in taken if section.get(key) is not None}
     return {"name": chosen, **carried, **own, **path}
 
 

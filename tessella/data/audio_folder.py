@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -113,6 +113,10 @@ class AudioFolder(Samples):
     def __len__(self) -> int:
         """The number of files."""
         return len(self._entries)
+
+    def sources(self) -> Iterable[Path]:
+        """The sound files."""
+        return [self.path / entry.key for entry in self._entries]
 
     def sample(self, index: int, rng: np.random.Generator | None = None) -> Sample:
         """``x [1, T]``: a clip that ``rng`` chooses, or the middle one; the whole file without ``clip_sec``.

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from tessella.data._errors import DataError as DataError
 from tessella.data._errors import UnreadableImage as UnreadableImage
+from tessella.data._names import file_size, identity_of
 from tessella.data._pixels import BitDepth, Pixels, crop, mirror, resize_shorter_side
 from tessella.data._pixels import to_tensor as to_tensor
 from tessella.data.decode import decode
@@ -87,8 +88,17 @@ class Samples(Dataset[Sample], ABC):
     extent: tuple[int, ...] | None = None
 
     def identity(self) -> Spec:
-        """What was read, in a few numbers: two data sets of the same identity give the same samples."""
-        return {"count": len(self)}
+        """What is read, in a few words: the number of samples, and a hash over the names and sizes of the files.
+
+        Where these lie has no part in it. Two data sets of other identities give other samples; two of the same one the
+        same samples, unless a file was changed and kept its size.
+        """
+        files = identity_of((f"{file.parent.name}/{file.name}", file_size(file)) for file in self.sources())
+        return {**files, "count": len(self)}
+
+    def sources(self) -> Iterable[Path]:
+        """The files that it reads, always in the same order; none where it makes its samples."""
+        return ()
 
     @classmethod
     def medium_spec(cls, section: Spec) -> Spec:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +78,10 @@ class CamVid(PanopticSamples):
     def __len__(self) -> int:
         """The number of pictures."""
         return len(self._files)
+
+    def sources(self) -> Iterable[Path]:
+        """Pictures and masks."""
+        return [*self._files, *map(self._mask, self._files)]
 
     def read(self, index: int) -> Pair:
         """The picture, and the ids of its segments: 1 + class for stuff, 1000 (1 + class) + n for the n-th thing."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,10 @@ class Cityscapes(PanopticSamples):
     def __len__(self) -> int:
         """The number of pictures."""
         return len(self._files)
+
+    def sources(self) -> Iterable[Path]:
+        """Pictures and instance maps."""
+        return [*self._files, *map(self._label, self._files)]
 
     def read(self, index: int) -> Pair:
         """The picture and its instance map, 0 for void and -1 for groups of things."""

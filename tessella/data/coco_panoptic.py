@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,13 @@ class CocoPanoptic(PanopticSamples):
     def __len__(self) -> int:
         """The number of pictures."""
         return len(self._rows)
+
+    def sources(self) -> Iterable[Path]:
+        """Pictures and labels."""
+        assert self._labels is not None
+        return [self._images / image for image, _, _ in self._rows] + [
+            self._labels / label for _, label, _ in self._rows
+        ]
 
     def read(self, index: int) -> Pair:
         """The picture and its segments' ids, -1 for crowds."""

@@ -10,7 +10,7 @@ from tessella.config import build
 from tessella.data.base import ImageDataset, Sample, Samples, Split
 from tessella.errors import ConfigError
 from tessella.labels.color import to_grey
-from tessella.registry import find
+from tessella.registry import Spec, find
 
 
 class Color(Samples):
@@ -39,6 +39,10 @@ class Color(Samples):
     def __len__(self) -> int:
         """The number of pictures."""
         return len(self.pictures)
+
+    def identity(self) -> Spec:
+        """That of the pictures."""
+        return self.pictures.identity()
 
     def sample(self, index: int, rng: np.random.Generator | None = None) -> Sample:
         """The picture as its source gives it, with its grey."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,10 @@ class DepthFolder(DepthSamples):
     def __len__(self) -> int:
         """The number of pictures."""
         return len(self._files)
+
+    def sources(self) -> Iterable[Path]:
+        """Pictures and depth maps."""
+        return [*self._files, *filter(None, map(self._map, self._files))]
 
     def read(self, index: int) -> Pair:
         """The picture and its depth in metres."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,10 @@ class Motorcycle(DepthSamples):
     def __len__(self) -> int:
         """One."""
         return 1
+
+    def sources(self) -> Iterable[Path]:
+        """The left view and its disparity."""
+        return [self._folder / "motorcycle_left.png", self._folder / "motorcycle_disp.npz"]
 
     def read(self, index: int) -> Pair:
         """The left view and its depth in metres."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -79,6 +80,10 @@ class NYUDepth(DepthSamples):
     def __len__(self) -> int:
         """The number of frames."""
         return len(self._frames)
+
+    def sources(self) -> Iterable[Path]:
+        """The one file."""
+        return [self.path]
 
     def read(self, index: int) -> Pair:
         """The frame and its depth in metres."""

@@ -5,25 +5,24 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tessella.data._errors import DataError, UnreadableImage
-from tessella.data._names import file_size, identity_of
 from tessella.data._pixels import BitDepth
 from tessella.data._rows import Row, RowFile
 from tessella.data._splits import TEST_NAMES, TRAIN_NAME, check_share, find_test_name, held_out_part
 from tessella.data.base import UNKNOWN_LABEL, ImageDataset, Picture, Split
 from tessella.extras import require
-from tessella.registry import Spec
 from tessella.text import name_to_text
 
 # Sets of more are not held in memory by every process that reads them.
 _IN_MEMORY_BYTES = 256 * 2**20
 
+_LARGEST_LABEL = 2**63 - 1
 _BUFFER_BYTES = 2**20
 _BATCH_ROWS = 32
 
@@ -115,10 +114,9 @@ class Parquet(ImageDataset):
             raise DataError(f"{key}: label {label} is none of the {len(self.class_names)} classes, nor -1 for unknown")
         return Picture(self.decode(data, key), label, key)
 
-    def identity(self) -> Spec:
-        """The number of rows in this split, and a hash over the names and sizes of its files."""
-        files = identity_of((file.relative_to(self._base).as_posix(), file_size(file)) for file in self._files)
-        return {**files, "count": len(self)}
+    def sources(self) -> Iterable[Path]:
+        """The Parquet files."""
+        return self._files
 
     def _row(self, row: int) -> Row:
         if self._large:
@@ -252,6 +250,8 @@ def _read_rows(file: Path, columns: _Columns) -> Iterator[Row]:
                 images = table[columns.image]
                 labels = [UNKNOWN_LABEL] * len(images) if columns.label is None else table[columns.label].to_pylist()
                 for image, label in zip(images, labels, strict=True):
+                    if label is not None and label > _LARGEST_LABEL:
+                        raise DataError(f"{file}: label {label} does not fit into 64 bits with a sign")
                     yield image.as_py(), UNKNOWN_LABEL if label is None else label
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{file} cannot be read: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -10,11 +11,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from tessella.data._names import file_size, identity_of
 from tessella.data._pixels import MODES
 from tessella.data.base import ImageDataset, Picture, Sample, Split, random_for
 from tessella.data.decode import decode_rgb
-from tessella.registry import Spec
 
 # Class name -> package and the file in it. Of the motorcycle's stereo pair only the left view: both show one scene.
 _FILES = {
@@ -115,10 +114,9 @@ class Photos(ImageDataset):
         pixels = _photograph(name)[box.top : box.bottom, box.left : box.right]
         return Picture(Image.fromarray(pixels).convert(MODES[self.channels]), label, f"{name}:{index}")
 
-    def identity(self) -> Spec:
-        """The number of crops in an epoch, and a hash over the photographs' names and sizes."""
-        files = identity_of((name, file_size(_file(name))) for name in self.class_names)
-        return {**files, "count": len(self)}
+    def sources(self) -> Iterable[Path]:
+        """The photographs."""
+        return map(_file, self.class_names)
 
     def sample(self, index: int, rng: np.random.Generator | None = None) -> Sample:
         """As everywhere, save that training crops without ``rng`` are random ones too, fixed by the index."""

@@ -134,7 +134,7 @@ def _files_of_split(path: Path, split: Split) -> tuple[list[Path], bool]:
         return [path], False
     if not path.is_dir():
         raise DataError(f"path {str(path)!r} does not exist; give a tar file, or a folder of them")
-    found = sorted(path.glob("*.tar"))
+    found = sorted(file for file in path.glob("*.tar") if file.is_file())
     if not found:
         raise DataError(f"path {str(path)!r} holds no file ending in .tar")
     by_split: dict[str, list[Path]] = {}

@@ -68,6 +68,7 @@ class Converted:
     tokenizer: Tokenizer
     generator: Generator | None = None
     weights: str = "plain"
+    medium: Spec | None = None  # of the signals, where they are no pictures
 
 
 class Family(Protocol):
@@ -207,6 +208,8 @@ def empty_generator(recipe: Spec, space: TokenSpace) -> Generator:
 def write(converted: Converted, source: Source, out: Path) -> None:
     """Write the models into the folder ``out``, whole or not at all; their recipes hold ``[source]``."""
     about: dict[str, Any] = {"source": asdict(source)}
+    if converted.medium is not None:
+        about["medium"] = converted.medium
     converted.tokenizer.recipe = about
     if converted.generator is None:
         save_model(converted.tokenizer, out)

@@ -55,7 +55,7 @@ def model_card(
         "",
         _summary(recipe, folder),
         "",
-        "![Pictures in rows: originals, and below them what the tokens give back](grid.png)"
+        "![Originals, and below them what the tokens give back](grid.png)"
         if "generator" not in recipe
         else "![Samples](grid.png)",
         "",

@@ -13,9 +13,10 @@ from tessella.interop.torchscript import is_torchscript, read_torchscript
 
 FAMILIES = (
     "ibq", "ibq_ar", "open_magvit2", "llamagen", "simvq", "taming", "diffusers", "titok", "maskgit_vqgan", "cosmos",
+    "encodec",
 )  # fmt: skip
 # What a file of weights is called in the folders that people download, the best first.
-SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".jit")
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".th", ".bin", ".jit")
 _WHOLE, _HALVES = "autoencoder.jit", ("encoder.jit", "decoder.jit")
 
 

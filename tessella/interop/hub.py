@@ -20,18 +20,29 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tessella.checkpoint import RECIPE, TOKENIZER, WEIGHTS, load, load_generator, load_recipe, model_folder
+from tessella.checkpoint import (
+    RECIPE,
+    TOKENIZER,
+    WEIGHTS,
+    load,
+    load_generator,
+    load_recipe,
+    model_folder,
+    tokenizer_folder,
+)
+from tessella.config import build
 from tessella.extras import require
 from tessella.generators.base import Generator
 from tessella.interop.convert import SUFFIXES, convert
 from tessella.interop.reading import ConversionError
+from tessella.media.base import Medium
 from tessella.storage import write_checksums
 from tessella.tokenizer import Tokenizer
 
 SCHEME = "hf://"
 _SMALL = ["*.json", "*.toml", "README.md"]
-_CARD, _GRID, _EVALUATION = "README.md", "grid.png", "evaluation.json"
-_COLUMNS = 6
+_CARD, _GRID, _EVALUATION = "README.md", "grid", "evaluation.json"  # the grid gets the ending of a picture
+_SHOWN = 6
 
 
 class Name(NamedTuple):
@@ -165,8 +176,7 @@ def push(
         model: folder or run.
         repo: ``owner/name``; made if it does not exist.
         evaluation: the record of ``tessella evaluate``, as its JSON holds it.
-        signals: ``[B, 3, H, W]`` in [-1, 1]: originals, which a tokenizer is shown to rebuild; or a generator's
-            samples.
+        signals: ``[B, C, *X]`` in [-1, 1]: originals, which a tokenizer is shown to rebuild; or a generator's samples.
         licence: of the weights; needed unless the recipe's ``[source]`` has it.
         data: what it was trained on, in words; needed unless the recipe has a ``[data]``.
         private: whether only its owner sees it.
@@ -190,31 +200,29 @@ def push(
 
 
 def _stage(
-    folder: Path, stage: Path, repo: str, evaluation: Mapping[str, Any], pictures: Tensor, licence: str | None,
+    folder: Path, stage: Path, repo: str, evaluation: Mapping[str, Any], signals: Tensor, licence: str | None,
     data: str | None,
 ) -> None:  # fmt: skip
     """Lay out what will be uploaded."""
     from tessella.interop.card import model_card
-    from tessella.reporting.pictures import save_image_grid
 
     card = model_card(folder, repo, evaluation, licence=licence, data=data)
     recipe = load_recipe(folder)
-    shown = pictures
-    if "generator" not in recipe:
-        tokenizer = load(folder)
-        rebuilt = tokenizer.decode(tokenizer.encode(pictures, pad=True), extent=pictures.shape[2:])
-        rows = zip(pictures.split(_COLUMNS), rebuilt.split(_COLUMNS), strict=True)
-        shown = torch.cat([part for row in rows for part in row])
+    rows = [signals[:_SHOWN]]
+    if "generator" in recipe:
+        beside = tokenizer_folder(folder)
+        recipe = load_recipe(beside)
+        shutil.copytree(beside, stage / TOKENIZER, ignore=shutil.ignore_patterns("*.pt", "*.log"))
     else:
-        from tessella.checkpoint import tokenizer_folder
-
-        shutil.copytree(tokenizer_folder(folder), stage / TOKENIZER, ignore=shutil.ignore_patterns("*.pt", "*.log"))
+        tokenizer = load(folder)
+        rows.append(tokenizer.decode(tokenizer.encode(rows[0], pad=True), extent=signals.shape[2:]))
     for name in (WEIGHTS, RECIPE):
         shutil.copyfile(folder / name, stage / name)
     write_checksums(stage)
     (stage / _CARD).write_text(card, encoding="utf-8")
     (stage / _EVALUATION).write_text(json.dumps(evaluation, indent=2) + "\n", encoding="utf-8")
-    save_image_grid(shown, stage / _GRID, columns=min(_COLUMNS, len(pictures)))
+    medium: Medium = build("media", recipe.get("medium", {"name": "image"}))
+    medium.preview(rows, stage / _GRID)
 
 
 def _only_weights(

@@ -98,7 +98,7 @@ def read_generator(checkpoint: Checkpoint, options: Options) -> Converted:
     account = Account(checkpoint, "a LlamaGen generator", ignored=(r"freqs_cis",))
     account.fit(generator, generator_table(layers))
     account.close()
-    return Converted(f"LlamaGen-{_SIZES.get((layers, dim), 'of another size')}", tokenizer, generator)
+    return Converted(f"LlamaGen {_SIZES.get((layers, dim), 'of another size')}", tokenizer, generator)
 
 
 def generator_recipe(checkpoint: Checkpoint) -> Spec:

@@ -1,4 +1,4 @@
-"""The image tokenizers of SimVQ (arXiv 2411.02038).
+"""The tokenizers of SimVQ (arXiv 2411.02038): of pictures here, of sound in :mod:`tessella.interop.simvq_audio`.
 
 The frozen basis of the codes is no trained weight, so it alone has no moving average and comes from the plain key.
 """
@@ -16,12 +16,14 @@ from tessella.interop.base import (
     empty_tokenizer,
     take,
 )  # fmt: skip
+from tessella.interop.simvq_audio import is_audio, read_audio
 
 LICENCE = "MIT"
 PAPER = "arXiv 2411.02038"
 PROTOCOL = (
-    "ImageNet validation, 50,000 pictures at 128 px: FID of Inception-v3 features of float pictures in [0, 1], PSNR of "
-    "each batch, SSIM of 8-bit pictures cut off; usage over the whole set; moving averages of the weights"
+    "pictures: ImageNet validation, 50,000 at 128 px: FID of Inception-v3 features of floats in [0, 1], PSNR of "
+    "each batch, SSIM of 8-bit pictures cut off; usage over the whole set; sound: LibriTTS test-clean and "
+    "test-other, UTMOS at 16 kHz, wide-band PESQ, STOI, F1 of voicing; moving averages of the weights"
 )
 _BASIS = "quantize.embedding.weight"
 # The names of Open-MAGVIT2, which is where this autoencoder comes from.
@@ -39,9 +41,8 @@ def recognises(checkpoint: Checkpoint) -> bool:
 
 def read(checkpoint: Checkpoint, options: Options) -> Converted:
     """See :class:`tessella.interop.base.Family`."""
-    if "encoder.model.0.conv.conv.bias" in checkpoint:
-        raise ConversionError(f"{checkpoint.file} is an audio tokenizer of SimVQ; only its image tokenizers can be "
-                              "converted yet")  # fmt: skip
+    if is_audio(checkpoint):
+        return read_audio(checkpoint)
     account = Account(checkpoint, "an image tokenizer of SimVQ", ignored=TRAINING, plain=frozenset({_BASIS}))
     if _BASIS not in checkpoint.tensors:
         raise ConversionError(

@@ -37,15 +37,19 @@ class OnRay(Executor):
 
         Raises:
             ImportError: Ray is not installed.
-            WorkerError: workers were lost again and again.
+            WorkerError: no cluster at ``RAY_ADDRESS``, or workers were lost again and again.
             TessellaError: whatever else a worker found wrong.
         """
         ray = require("ray", extra="ray")
         joined = ray.is_initialized()
         if not joined:
-            address = os.environ.get("RAY_ADDRESS")
-            ray.init(address=address, log_to_driver=False, include_dashboard=False if address is None else None,
-                     logging_level=logging.ERROR)  # fmt: skip
+            # "local": without an address Ray would look for whatever was started last on this machine.
+            address = os.environ.get("RAY_ADDRESS", "local")
+            dashboard = False if address == "local" else None
+            try:
+                ray.init(address, log_to_driver=False, include_dashboard=dashboard, logging_level=logging.ERROR)
+            except ConnectionError as error:
+                raise WorkerError(f"no Ray cluster at RAY_ADDRESS={address}: {error}") from error
         try:
             yield from self._run(ray, job, numbers, advance)
         finally:

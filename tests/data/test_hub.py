@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image
 
 from tessella.config import build
-from tessella.data.base import DataError
+from tessella.data.base import DataError, UnreadableImage
 from tessella.data.hub import Hub
 from tessella.data.loader import evaluation_batches
 
@@ -20,11 +21,22 @@ def test_without_datasets_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) ->
         Hub("owner/name", split="train")
 
 
+def write_rows(repo: Path, split: str, images: list[dict]) -> None:
+    """A Parquet file as ``datasets`` writes it, of pictures in two classes in turn."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    features = {"image": {"_type": "Image"}, "label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}
+    kinds = [("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", pa.int64())]
+    schema = pa.schema(kinds, metadata={"huggingface": json.dumps({"info": {"features": features}})})
+    (repo / "data").mkdir(parents=True, exist_ok=True)
+    labels = [row % 2 for row in range(len(images))]
+    table = pa.table({"image": images, "label": labels}, schema=schema)
+    pq.write_table(table, repo / "data" / f"{split}-00000-of-00001.parquet")
+
+
 @pytest.fixture(scope="module")
 def repo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A local repository in the hub's layout, and a cache of its own."""
     datasets = pytest.importorskip("datasets")
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
     folder = tmp_path_factory.mktemp("hub") / "repo"
     for split, count in (("train", 5), ("validation", 3)):
         images = []
@@ -32,10 +44,7 @@ def repo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             buffer = io.BytesIO()
             Image.new("RGBA", (6, 4), (level, level, level, 255)).save(buffer, "PNG")
             images.append({"bytes": buffer.getvalue(), "path": None})
-        rows = {"image": images, "label": [level % 2 for level in range(count)]}
-        (folder / "data").mkdir(parents=True, exist_ok=True)
-        table = datasets.Dataset.from_dict(rows, features=features)
-        table.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+        write_rows(folder, split, images)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", Path(tmp_path_factory.mktemp("cache")))
         yield str(folder)
@@ -55,6 +64,21 @@ def test_validation_stands_in_for_test_and_workers_read_it(repo: str) -> None:
     (batch,) = evaluation_batches(Hub(repo, split="test"), batch_size=4, num_workers=1)
     assert batch["label"].tolist() == [0, 1, 0]
     assert batch["skipped"] == []
+
+
+@pytest.mark.usefixtures("repo")
+def test_paths_in_the_place_of_bytes_are_not_followed(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "secret.png")
+    write_rows(tmp_path / "repo", "train", [{"bytes": None, "path": str(tmp_path / "secret.png")}])
+    with pytest.raises(UnreadableImage, match="the row holds no bytes; paths are not followed"):
+        Hub(str(tmp_path / "repo"), split="train").read(0)
+
+
+def test_identity_is_of_the_rows(repo: str) -> None:
+    train, test = (Hub(repo, split=split).identity() for split in ("train", "test"))
+    assert (train["count"], test["count"]) == (5, 3)
+    assert train["hash"] != test["hash"]
+    assert Hub(repo, split="train", crop_px=2).identity() == train
 
 
 def test_a_missing_column_is_named(repo: str) -> None:

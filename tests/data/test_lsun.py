@@ -323,3 +323,16 @@ def test_a_damaged_picture_is_named(tmp_path: Path) -> None:
     assert [key for key, _ in batch["skipped"]] == ["tower_train/torn", "tower_train/void"]
     with pytest.raises(UnreadableImage, match=r"^tower_train/void: not a picture"):
         dataset.read(2)
+
+
+def test_identity_is_of_entries_and_sizes(root: Path) -> None:
+    first = LSUN(split="train", path=root).identity()
+    assert first["count"] == 7
+    assert LSUN(split="train", path=root, crop_px=4).identity() == first
+    export_lmdb(root / "tower_train_lmdb", root / "exported")
+    exported = LSUN(split="train", path=root / "exported")
+    identity = exported.identity()
+    assert identity["count"] == 4
+    file = next((root / "exported").rglob("*.webp"))
+    file.write_bytes(file.read_bytes() + b" ")
+    assert exported.identity() != identity

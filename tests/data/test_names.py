@@ -31,9 +31,9 @@ def test_natural_order(paths: list[str]) -> None:
 
 
 def test_natural_order_by_hand() -> None:
-    ordered = ["1.png", "01.png", "2.png", "10.png", "a/2", "a/10", "a1", "a1b", "a01/0", "a2", "b"]
-    mixed = [*ordered[6:], *ordered[:6]]
-    assert sorted(mixed, key=NaturalKey()) == sorted(ordered, key=natural)
+    assert sorted(["b", "a2", "a01/0", "1.png", "a1", "01.png"], key=NaturalKey()) == [
+        "01.png", "1.png", "a1", "a01/0", "a2", "b",
+    ]  # fmt: skip
     assert sorted(["10.png", "9.png", "a10/1", "a9/1"], key=NaturalKey()) == ["9.png", "10.png", "a9/1", "a10/1"]
 
 

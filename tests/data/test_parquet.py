@@ -187,8 +187,8 @@ def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
 def test_a_label_that_is_too_large_is_refused(tmp_path: Path) -> None:
     table = pa.table({"image": [png(1)], "label": pa.array([2**63], pa.uint64())})
     pq.write_table(table, tmp_path / "test.parquet")
-    assert Parquet(tmp_path, split="test").read(0).label == 2**63
-    assert len(Parquet(tmp_path, split="test").identity()["hash"]) == 32
+    with pytest.raises(DataError, match=r"test\.parquet: label 9223372036854775808 does not fit into 64 bits"):
+        Parquet(tmp_path, split="test").read(0)
 
 
 def test_a_damaged_file_raises_nothing_else(tmp_path: Path) -> None:
@@ -208,6 +208,16 @@ def test_a_damaged_file_raises_nothing_else(tmp_path: Path) -> None:
         except DataError:
             refused += 1
     assert refused > 60
+
+
+def test_identity_is_of_rows_and_files(tmp_path: Path) -> None:
+    write_levels(tmp_path / "test-0.parquet", range(9))
+    identity = Parquet(tmp_path, split="test").identity()
+    assert identity["count"] == 9
+    write_levels(tmp_path / "test-0.parquet", range(10))
+    longer = Parquet(tmp_path, split="test").identity()
+    assert longer["count"] == 10
+    assert longer["hash"] != identity["hash"]
 
 
 def test_files_that_differ_are_named(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from functools import cache
 
 import numpy as np
 import pytest
+import torch
 
 from tessella.config import build
 from tessella.data import photos
@@ -123,6 +124,23 @@ def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"skimage is not installed: pip install 'tessella\[data\]'"):
         Photos(split="train")
+
+
+def test_grey_and_opaque_crops() -> None:
+    colours = Photos(split="test", crop_px=8)[0]["x"]
+    grey, opaque = (Photos(split="test", crop_px=8, channels=channels)[0]["x"] for channels in (1, 4))
+    weights = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
+    torch.testing.assert_close(grey[0], (colours * weights).sum(0), rtol=0, atol=1.01 / 127.5)
+    assert torch.equal(opaque[:3], colours)
+    assert (opaque[3] == 1).all()
+    with pytest.raises(ValueError, match="can be had with 1, 3 or 4 channels, not with 2"):
+        Photos(split="test", channels=2)
+
+
+def test_identity_is_of_the_photographs() -> None:
+    train, test = (Photos(split=split, crop_px=64, crops_per_epoch=50).identity() for split in ("train", "test"))
+    assert (train["count"], test["count"]) == (50, 80)
+    assert train["hash"] == test["hash"]
 
 
 def test_a_recipe_builds_it() -> None:

@@ -20,7 +20,7 @@ from tessella.checkpoint import fingerprint
 from tessella.interop import ConversionError, push
 from tessella.interop.card import model_card
 from tessella.interop.hub import parse
-from tests.interop.originals import TAMING, VQGAN, Size
+from tests.interop.originals import LLAMAGEN, TAMING, VQGAN, Llama, Size
 
 hub = pytest.importorskip("huggingface_hub", reason="the hub's client is not installed")
 
@@ -220,3 +220,27 @@ def test_the_card_says_everything(tmp_path: Path) -> None:
         model_card(tmp_path / "model", "me/mine", EVALUATION)
     with pytest.raises(ConversionError, match="an evaluation with its protocol"):
         model_card(tmp_path / "model", "me/mine", {}, licence="MIT", data="24 photographs")
+
+
+def test_a_generator_goes_with_its_tokenizer(
+    tmp_path: Path, server: tuple[str, dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "not-a-token")
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    address, files = server
+    gan = VQGAN(LLAMAGEN, Size(32, (1, 2), 1, 8, (1,)), dim=8, codes=16)
+    torch.save({"model": gan.shapes().random(0)}, tmp_path / "vq_ds16_c2i.pt")
+    state = Llama(dim=64, layers=1, heads=1, hidden=64, codes=16, adaptive=False).shapes(classes=3).random(1)
+    torch.save({"model": state}, tmp_path / "c2i_B.pt")
+    tessella.convert("llamagen", tmp_path / "c2i_B.pt", tmp_path / "model", size_px=8)
+    push(
+        tmp_path / "model", "me/mine", evaluation={"fd": {"value": 9.5}, "protocol": {"network": "a small one"}},
+        signals=torch.rand(4, 3, 8, 8), endpoint=address,
+    )  # fmt: skip
+    assert {"tokenizer/model.safetensors", "tokenizer/recipe.toml", "grid.png"} <= files.keys()
+    card = files["README.md"].decode()
+    for fact in ("unconditional-image-generation", 'license: "mit"', "| fd, value | 9.5 |", "network: a small one",
+                 "generator_from_pretrained", "LlamaGen of another size", "c2i_B.pt"):  # fmt: skip
+        assert fact in card, fact
+    generator, tokenizer = tessella.generator_from_pretrained("hf://me/mine", cache=tmp_path / "c", endpoint=address)
+    assert generator.space.fingerprint == fingerprint(tokenizer)
