@@ -15,10 +15,12 @@ from tessella.recipe import read_recipe, recipe_names
 from tessella.tokenizer import TokenSpace
 from tessella.training.logs import read_log
 
+AUDIO = [name for name in recipe_names() if read_recipe(name).get("loss", {}).get("name") == "audio"]
 # Dense prediction needs labels beside pictures: tests/test_dense_prediction.py trains those.
 SMALL = [
     name for name in recipe_names()
-    if (name.endswith("_small") or name.startswith("scq_")) and not name.startswith("uvim_")
+    if (name.endswith("_small") or name.startswith("scq_")) and not name.startswith(("uvim_", "speech_"))
+    and name not in AUDIO
 ]  # fmt: skip
 
 
@@ -34,6 +36,41 @@ def test_small_siblings_train(name: str, tmp_path: Path, monkeypatch: pytest.Mon
     last = read_log(folder / "log.jsonl")[-1]
     assert last["step"] == 2
     assert ("grad_norm/discriminator" in last) == (len(overrides) == 6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in AUDIO if name.endswith("_small")])
+def test_small_codecs_train(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sounds = pytest.importorskip("sounds")
+    monkeypatch.chdir(tmp_path)
+    sounds.write_speech(tmp_path / "speech", 4, rate=24000)
+    short = ["training.steps=2", "training.batch_size=2", "training.log_every=1"]
+    folder = tessella.train(
+        name, data="audio_folder:speech", overrides=[*short, "data.clip_sec=0.4"], out=Path("run"), device="cpu",
+        quiet=True,
+    )  # fmt: skip
+    assert read_log(folder / "log.jsonl")[-1]["step"] == 2
+    if name == "fsq_audio_small":
+        speech = tessella.train(
+            "speech_ar_small", tokenizer=folder, data="audio_folder:speech", overrides=[*short, "data.clip_sec=0.4"],
+            out=Path("speaker"), device="cpu", quiet=True,
+        )  # fmt: skip
+        generator, tokenizer = tessella.load_generator(speech)
+        start = torch.randint(1000, (1, 20, 1))
+        longer = generator.sample(None, rng=torch.Generator().manual_seed(0), start=start, num_positions=50)  # type: ignore[call-arg]
+        assert torch.equal(longer[:, :20], start)
+        assert tokenizer.decode(longer).shape == (1, 1, 50 * 160)
+
+
+@pytest.mark.parametrize("size", [4096, 8192, 65536, 262144])
+def test_audio_recipes_build_what_they_say(size: int) -> None:
+    name = {4096: "4k", 8192: "8k", 65536: "65k", 262144: "262k"}[size]
+    recipe = read_recipe(f"simvq_audio_{name}")
+    with torch.device("meta"):
+        autoencoder, quantizer = (config.build_section(recipe, section) for section in ("autoencoder", "quantizer"))
+    assert (quantizer.codebook_size, quantizer.dim, autoencoder.stride) == (size, 512, 320)
+    counts = [sum(p.numel() for p in part.parameters()) for part in (autoencoder.encoder, autoencoder.backbone)]
+    assert [round(count / 1e6, 2) for count in counts] == [8.80, 61.90]
 
 
 @pytest.mark.parametrize(
@@ -118,6 +155,17 @@ PUBLISHED = {
     },
     "vqgan": {**VQGAN_LOSSES, "quantizer.commitment_weight": 1.0, "quantizer.codebook_weight": 0.25},
     "scqgan": VQGAN_LOSSES,
+    **{
+        f"simvq_audio_{size}": {
+            # 1,000 times beta = 0.25 and 1
+            "quantizer.commitment_weight": 250.0, "quantizer.codebook_weight": 1000.0, "loss.mel_weight": 45.0,
+            "loss.adversary.discriminators": ["period", "resolution", "band"], "loss.adversary.weight": 1.0,
+            "loss.adversary.feature_weight": 1.0, "loss.adversary.width": 1.0, "loss.adversary.start_step": 0,
+            "training.optimizer": "adam", "training.lr": 1e-4, "training.betas": [0.5, 0.9],
+            "training.decay": "constant", "training.ema_decay": 0.999, "training.batch_size": 128,
+            "training.steps": 138600, "data.clip_sec": 1.0, "data.sample_rate": 24000,
+        } for size in ("4k", "8k", "65k", "262k")
+    },
     "cifar10_vq": {"quantizer.commitment_weight": 0.25, "quantizer.codebook_weight": 1.0},
 }  # fmt: skip
 
@@ -184,7 +232,7 @@ def with_codes() -> list[str]:
     found = []
     for name in recipe_names():
         quantizer = read_recipe(name).get("quantizer", {}).get("name")
-        found += [name] if quantizer in ("vq", "ema", "ibq", "scq", "simvq", "gumbel") else []
+        found += [name] if quantizer in ("vq", "ibq", "scq", "simvq", "gumbel") else []
     return found
 
 

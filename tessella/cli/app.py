@@ -129,6 +129,9 @@ def evaluate(
         Literal["uint8", "truncated", "float"] | None,
         typer.Option(help="Measure on 8-bit pictures, rounded (default) or truncated (default for ibq), or on floats."),
     ] = None,
+    transcripts: Annotated[
+        Path | None, typer.Option(help="Table of files and texts: measure the word error rate of speech against it.")
+    ] = None,
     weights: Weights = None,
     protocol: Annotated[
         Literal["adm", "pytorch-fid", "ibq", "torchvision", "efflite0"] | None,
@@ -156,9 +159,11 @@ def evaluate(
     from tessella.generators.drawing import SampleSettings
     from tessella.recipe import override
 
+    options = {"pixels": pixels, "transcripts": transcripts}
+    chosen = {name: value for name, value in options.items() if value is not None}
     evaluation = evaluate(
         model, data=data, split=split, limit=limit, whole=whole, weights=weights, protocol=protocol, features=features,
-        reference=reference, metrics={} if pixels is None else {"pixels": pixels}, samples=samples,
+        reference=reference, metrics=chosen, samples=samples,
         settings=SampleSettings(seed, temperature, top_k, top_p, guidance, override({}, option or [])),
         out=out, device=device,
     )  # fmt: skip

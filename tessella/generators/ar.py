@@ -15,7 +15,7 @@ from tessella.conditioners.base import Conditioner
 from tessella.config import build
 from tessella.generators.base import Generator, Guidance, Loss
 from tessella.generators.heads import CodebookHeads, zero_head
-from tessella.generators.orders import delay, flattened, parallel
+from tessella.generators.orders import Order, delay, flattened, parallel
 from tessella.generators.sampling import (
     Rng,
     check_guidance,
@@ -64,6 +64,7 @@ class AR(Generator):
     """
 
     _can_limit_codes = True
+    _takes_shorter = True
 
     def __init__(
         self,
@@ -87,6 +88,8 @@ class AR(Generator):
         self.adaln = adaln
         self.conditioner: Conditioner = build("conditioners", conditioner, dim=dim)
         num_positions, num_tokens = math.prod(space.grid), space.num_codebooks * space.codebook_size
+        self._make_order = _ORDERS[order]
+        self._shorter: dict[int, Order] = {}
         self.order = _ORDERS[order](num_positions, space.num_codebooks)
         # Where a step has no token for a codebook, one more row says so.
         self.embedding = nn.Embedding(num_tokens + self.order.has_empty, dim)
@@ -133,7 +136,8 @@ class AR(Generator):
             ValueError: indices of another shape or range.
         """
         self.check_indices(indices)
-        steps = self.order.to_steps(indices.flatten(1, -2))
+        flat = indices.flatten(1, -2)
+        steps = self._order_of(flat.shape[1]).to_steps(flat)
         prefix = self.conditioner(condition, len(indices))
         x = self.token_dropout(torch.cat([prefix, self._embed(steps[:, :-1], 0)], 1))
         hidden: Tensor = self.transformer(x, condition=self._modulator(prefix))[:, prefix.shape[1] - 1 :]
@@ -149,8 +153,18 @@ class AR(Generator):
         top_k: int | None = None,
         top_p: float | None = None,
         guidance: Guidance = 1.0,
+        start: Tensor | None = None,
+        num_positions: int | None = None,
     ) -> Tensor:
         """See :meth:`Generator.sample`; progress is the share of steps done.
+
+        Args:
+            condition, rng, temperature, top_k, top_p, guidance: see there.
+            start: ``[B, t, K]``, the first tokens of each sample, which it goes on from.
+            num_positions: length of the samples, where the latent grid has one axis; all of it by default.
+
+        Raises:
+            ValueError: a setting or a condition out of range, or a start longer than the samples.
 
         With guidance the batch is doubled: both halves see the tokens that were drawn from the guided logits. The
         second half ends where no later step is guided.
@@ -161,7 +175,10 @@ class AR(Generator):
             logits = guided_halves(self._step_logits(hidden, step), scale)
             return choose(logits, uniform, temperature=temperature, top_k=top_k, top_p=top_p)
 
-        return self._generate(condition, one_each(rng, condition), guidance, draw, self.order.width)
+        return self._generate(
+            condition, one_each(rng, condition), guidance, draw, self.order.width, start=start,
+            num_positions=num_positions,
+        )  # fmt: skip
 
     def _generate(
         self,
@@ -170,29 +187,63 @@ class AR(Generator):
         guidance: Guidance,
         draw: Draw,
         num_uniforms: int,
+        *,
+        start: Tensor | None = None,
+        num_positions: int | None = None,
     ) -> Tensor:
         """Indices ``[B, *S, K]``, ``draw`` choosing those of each step with ``num_uniforms`` random numbers."""
-        scales = self._scales(guidance)
+        grid = self.space.grid if num_positions is None else (num_positions,)
+        order = self._order_of(math.prod(grid))
+        given = self._given(start, len(rng), grid)
+        scales = self._scales(guidance, order.num_steps)
         guides = condition is not None  # without a condition both halves were the same
         num_guided = max((step + 1 for step, scale in enumerate(scales) if guides and scale != 1), default=0)
         x = self.conditioner(condition, len(rng))
         if num_guided:
             x = torch.cat([x, self.conditioner.null(len(rng))])
         modulator = self._modulator(x)
-        cache = self.transformer.new_cache(x.shape[1] + self.order.num_steps - 1, static=x.is_cuda)
-        uniform = uniforms(rng, self.order.num_steps, num_uniforms, device=x.device)
-        steps = torch.empty(len(rng), self.order.num_steps, self.order.width, dtype=torch.int64, device=x.device)
+        cache = self.transformer.new_cache(x.shape[1] + order.num_steps - 1, static=x.is_cuda)
+        uniform = uniforms(rng, order.num_steps, num_uniforms, device=x.device)
+        steps = torch.empty(len(rng), order.num_steps, order.width, dtype=torch.int64, device=x.device)
         for step, scale in enumerate(scales):
             hidden = self.transformer(x, condition=modulator, cache=cache)[:, -1]
             tokens = draw(hidden, step, scale if step < num_guided else None, uniform[:, step])
-            steps[:, step] = tokens.masked_fill(self.order.slots[step] < 0, -1)
+            if given is not None:
+                tokens = torch.where(given[:, step] < 0, tokens, given[:, step])
+            steps[:, step] = tokens.masked_fill(order.slots[step] < 0, -1)
             x = self._embed(steps[:, step : step + 1], step)
             if step + 1 < num_guided:
                 x = torch.cat([x, x])
             elif step + 1 == num_guided:
                 cache.keep(len(rng))
                 modulator = None if modulator is None else modulator[: len(rng)]
-        return self.order.from_steps(steps).view(-1, *self.space.grid, self.space.num_codebooks)
+        return order.from_steps(steps).view(-1, *grid, self.space.num_codebooks)
+
+    def _given(self, start: Tensor | None, batch_size: int, grid: tuple[int, ...]) -> Tensor | None:
+        """``[B, S, W]``, the tokens of ``start`` in their steps, -1 for those to be drawn."""
+        if start is None:
+            return None
+        self.check_indices(start)
+        flat = start.flatten(1, -2)
+        if len(grid) != 1 or len(start) != batch_size or flat.shape[1] > grid[0]:
+            raise ValueError(
+                f"start must be [{batch_size}, t, {self.space.num_codebooks}] with t at most {math.prod(grid)}, of a "
+                f"grid of one axis, got {list(start.shape)}"
+            )
+        whole = functional.pad(flat, (0, 0, 0, grid[0] - flat.shape[1]), value=-1)
+        return self._order_of(grid[0]).to_steps(whole)
+
+    def _order_of(self, num_positions: int) -> Order:
+        """The order of so many positions."""
+        longest = math.prod(self.space.grid)
+        if num_positions == longest:
+            return self.order
+        if len(self.space.grid) != 1 or not 1 <= num_positions <= longest:
+            raise ValueError(f"num_positions must be in [1, {longest}] on a grid of one axis, got {num_positions}")
+        if num_positions not in self._shorter:
+            order = self._make_order(num_positions, self.space.num_codebooks)
+            self._shorter[num_positions] = order.to(self.order.slots.device)
+        return self._shorter[num_positions]
 
     def _rotary(self, kind: str) -> Rotary:
         prefix, num_steps = self.conditioner.length, self.order.num_steps
@@ -205,8 +256,7 @@ class AR(Generator):
             self.space.grid, prefix=prefix, prefix_zero=kind == "grid_zero_prefix", repeat=repeat, overhang=overhang
         )
 
-    def _scales(self, guidance: Guidance) -> list[float]:
-        num_steps = self.order.num_steps
+    def _scales(self, guidance: Guidance, num_steps: int) -> list[float]:
         scales = [guidance(step / num_steps) if callable(guidance) else guidance for step in range(num_steps)]
         for scale in scales:
             check_guidance(scale)
@@ -233,7 +283,9 @@ class AR(Generator):
         """``[B, T, K, V]`` of ``hidden [B, S, dim]``."""
         logits = self.head(hidden)
         if not isinstance(self.head, CodebookHeads):
-            logits = self.order.from_steps(logits.unflatten(-1, (self.space.num_codebooks, -1)))
+            overhang = self.order.num_steps - math.prod(self.space.grid)
+            order = self._order_of(hidden.shape[1] - overhang)
+            logits = order.from_steps(logits.unflatten(-1, (self.space.num_codebooks, -1)))
         return self._within_limits(logits)
 
     def _step_logits(self, hidden: Tensor, step: int) -> Tensor:

@@ -37,6 +37,7 @@ class Generator(Configurable, nn.Module, ABC):
 
     recipe: Spec | None = None  # the whole recipe of the training run, if there was one; saving keeps it
     _can_limit_codes = False
+    _takes_shorter = False  # whether a grid of one axis is the largest one, and signals may be shorter
     _beyond: Tensor | None  # [K, V]
 
     def __init__(self, space: TokenSpace) -> None:
@@ -122,7 +123,10 @@ class Generator(Configurable, nn.Module, ABC):
             ValueError: another shape or range.
         """
         expected = (*self.space.grid, self.space.num_codebooks)
-        if tuple(indices.shape[1:]) != expected:
+        fits = tuple(indices.shape[1:]) == expected
+        if self._takes_shorter and len(expected) == 2 and indices.ndim == 3:
+            fits = 1 <= indices.shape[1] <= expected[0] and indices.shape[2] == expected[1]
+        if not fits:
             raise ValueError(f"indices must be [B, {', '.join(map(str, expected))}], got {list(indices.shape)}")
         if indices.is_floating_point():
             raise ValueError(f"indices must be integers, got {indices.dtype}")

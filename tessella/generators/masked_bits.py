@@ -167,13 +167,15 @@ class MaskedBits(AR):
         top_k: int | None = None,
         top_p: float | None = None,
         guidance: Guidance = 1.0,
+        start: Tensor | None = None,
+        num_positions: int | None = None,
         num_rounds: int | None = None,
         choice_temperature: float | None = None,
     ) -> Tensor:
         """See :meth:`AR.sample`; temperature and truncation are of the draw of each digit, not of the confidence.
 
         Args:
-            condition, rng, temperature, top_k, top_p, guidance: see there.
+            condition, rng, temperature, top_k, top_p, guidance, start, num_positions: see there.
             num_rounds, choice_temperature: as in the constructor, whose values are the default.
         """
         check_settings(self.space.codebook_size, temperature=temperature, top_k=top_k, top_p=top_p)
@@ -199,7 +201,10 @@ class MaskedBits(AR):
                     masked = least_confident(confidence, masked, number / num_rounds)
             return digits
 
-        return self._generate(condition, one_each(rng, condition), guidance, draw, num_rounds * 2 * num_digits)
+        return self._generate(
+            condition, one_each(rng, condition), guidance, draw, num_rounds * 2 * num_digits, start=start,
+            num_positions=num_positions,
+        )  # fmt: skip
 
 
 def _check_rounds(num_rounds: int, choice_temperature: float) -> None:

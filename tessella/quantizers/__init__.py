@@ -11,6 +11,7 @@ from tessella.quantizers.gumbel import GumbelVQ
 from tessella.quantizers.ibq import IBQ
 from tessella.quantizers.lfq import LFQ
 from tessella.quantizers.residual import Residual
+from tessella.quantizers.residual_dropout import ResidualDropout
 from tessella.quantizers.scq import SCQ
 from tessella.quantizers.simvq import SimVQ
 from tessella.quantizers.uvim_vq import UViMVQ
@@ -29,6 +30,7 @@ __all__ = [
     "Quantized",
     "Quantizer",
     "Residual",
+    "ResidualDropout",
     "SimVQ",
     "UViMVQ",
 ]

@@ -51,26 +51,32 @@ class Residual(Quantizer):
         """See :meth:`Quantizer.quantize`."""
         residual, total = z, torch.zeros_like(z)
         indices, losses = [], []
-        for stage in self._quantizers():
+        kept = self._kept(z.device)
+        for position, stage in enumerate(self._quantizers()):
             out = stage.quantize(residual, mask)
             code = out.z_q.detach()
-            residual, total = residual - code, total + code
+            residual = residual - code
+            total = total + (code if kept is None else code * kept[position])
             indices.append(out.indices)
             losses.append(out.loss)
         return Quantized(
             z_q=straight_through(z, total),
             indices=torch.cat(indices, dim=-1),
             loss=torch.stack(losses).mean(),
-            metrics={"quantization_error": mean_squared(z.detach(), total, mask)},
+            metrics={"quantization_error": mean_squared(residual.detach(), torch.zeros_like(residual), mask)},
         )
 
     def _lookup(self, indices: Tensor) -> Tensor:
         first, *rest = self._quantizers()
         total = first._lookup(indices[..., :1])
         # In the order of the forward pass, so that the sums agree to the last bit.
-        for k, stage in enumerate(rest, start=1):
+        for k, stage in enumerate(rest[: indices.shape[-1] - 1], start=1):
             total = total + stage._lookup(indices[..., k : k + 1])
         return total
+
+    def _kept(self, device: torch.device) -> Tensor | None:
+        """Which of the codes ``[K]`` count towards the sum; None for all."""
+        return None
 
     def _quantizers(self) -> list[Quantizer]:
         return cast(list[Quantizer], list(self.stages))

@@ -220,7 +220,7 @@ def test_refuses_settings_out_of_range(example: Example, settings: dict[str, obj
 def test_refuses_tokens_of_another_space(example: Example) -> None:
     generator, x, size = example.make(), indices(example), example.space.codebook_size
     for wrong, message in (
-        (x[:, :-1], r"indices must be \[B, "),
+        (torch.cat([x, x[:, :1]], 1), r"indices must be \[B, "),
         (x.float(), "indices must be integers"),
         (x + size, rf"indices must lie in \[0, {size}\), got [1-3]\d .. [2-3]\d"),
         (x - size, rf"indices must lie in \[0, {size}\)"),

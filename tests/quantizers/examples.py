@@ -35,6 +35,7 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
         {"quantizer": {"name": "lfq", "dim": 4}, "num_codebooks": 3},
         {"quantizer": {"name": "ema", "codebook_size": 16, "dim": 4, "codebook_init": "kmeans"}, "num_codebooks": 2},
     ],
+    "residual_dropout": [{"quantizer": VQ_SPEC, "num_codebooks": 3}],
     "scq": [
         {"codebook_size": 16, "dim": 4},
         {"codebook_size": 16, "dim": 4, "hard": True},
