@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tessella.commands.detokenize import detokenize
     from tessella.commands.evaluate import evaluate
     from tessella.commands.predict import predict
+    from tessella.commands.push import push
     from tessella.commands.quickstart import quickstart
     from tessella.commands.report import report
     from tessella.commands.sample import sample
@@ -37,7 +38,8 @@ if TYPE_CHECKING:
 
 _MODULES = ("autoencoders", "conditioners", "generators", "ops", "quantizers")
 _COMMANDS = (
-    "build", "compare", "detokenize", "evaluate", "predict", "quickstart", "report", "sample", "tokenize", "train",
+    "build", "compare", "detokenize", "evaluate", "predict", "push", "quickstart", "report", "sample", "tokenize",
+    "train",
 )  # fmt: skip
 # Public name -> the module that defines it.
 _HOMES = {
@@ -58,8 +60,8 @@ _HOMES = {
 __all__ = [
     "Reconstruction", "SampleSettings", "TessellaError", "TokenSpace", "Tokenizer", "__version__", "autoencoders",
     "build", "compare", "conditioners", "convert", "detokenize", "evaluate", "from_pretrained",
-    "generator_from_pretrained", "generators", "load", "load_generator", "ops", "predict", "quantizers", "quickstart",
-    "register", "report", "sample", "tokenize", "train",
+    "generator_from_pretrained", "generators", "load", "load_generator", "ops", "predict", "push", "quantizers",
+    "quickstart", "register", "report", "sample", "tokenize", "train",
 ]  # fmt: skip
 
 

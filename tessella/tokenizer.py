@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from tessella.autoencoders.base import Autoencoder
 from tessella.config import Configurable
 from tessella.quantizers.base import Quantized, Quantizer
 from tessella.registry import Spec
+
+if TYPE_CHECKING:
+    from tessella.streaming import Stream
 
 
 @dataclass
@@ -119,6 +123,12 @@ class Tokenizer(Configurable, nn.Module):
 
         grid = self.autoencoder.latent_grid(*extent)
         return TokenSpace(grid, self.quantizer.num_codebooks, self.quantizer.codebook_size, fingerprint(self))
+
+    def stream(self, *, chunk: int = 750, context: int = 75) -> Stream:
+        """Encoding and decoding of one-dimensional signals of any length in chunks; see :class:`Stream`."""
+        from tessella.streaming import Stream
+
+        return Stream(self, chunk=chunk, context=context)
 
     def save(self, path: str | Path) -> None:
         """Write weights and resolved recipe into the folder ``path``; :func:`tessella.load` reads it back."""

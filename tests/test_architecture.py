@@ -25,7 +25,7 @@ RANKS = {
     "transformer": 4,
     "quantizers": 5, "autoencoders": 5, "conditioners": 5,
     "tokenizer": 6,
-    "generators": 7,
+    "generators": 7, "streaming": 7,
     "checkpoint": 8,
     "data": 9, "losses": 9,
     "evaluation": 10,
@@ -41,6 +41,7 @@ RANKS = {
 # Why a module may look up, once each.
 EXCEPTIONS = {
     ("tokenizer", "checkpoint"),  # Tokenizer.save; imported when called
+    ("tokenizer", "streaming"),  # Tokenizer.stream; imported when called
 }
 
 

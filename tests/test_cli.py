@@ -55,13 +55,14 @@ def test_tokens_turn_back_into_exactly_what_the_tokenizer_decodes(
     workspace: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for whole in ([], ["--whole"]):
+        tokens = "whole" if whole else "tokens"
         data = ["--data", "pictures", "--split", "train", *whole]
-        assert run(monkeypatch, "tokenize", "model", "--out", "tokens", *data) == 0
-        assert run(monkeypatch, "detokenize", "model", "tokens", "--out", "pngs") == 0
+        assert run(monkeypatch, "tokenize", "model", "--out", tokens, *data) == 0
+        assert run(monkeypatch, "detokenize", "model", tokens, "--out", "pngs") == 0
         tokenizer = tessella.load(model)
         dataset = Folder("pictures", split="train")
         seen = 0
-        rows = {row.key: row for row in read_tokens("tokens")}
+        rows = {row.key: row for row in read_tokens(tokens)}
         for batch in evaluation_batches(dataset, batch_size=1):
             indices = tokenizer.encode(batch["x"], pad=True)
             row = rows[batch["key"][0]]

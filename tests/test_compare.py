@@ -25,17 +25,19 @@ def pictures(count: int, size: int) -> torch.Tensor:
 @pytest.mark.parametrize("codec", ["jpeg", "webp"])
 def test_a_codec_keeps_its_budget_and_uses_it(codec: str) -> None:
     (x,) = pictures(1, 64)
-    small, large = coded(x, codec, 12_000), coded(x, codec, 40_000)
-    assert small.bits <= 12_000 < large.bits <= 40_000
-    assert (large.x_hat - x).square().mean() < (small.x_hat - x).square().mean()
-    tight = coded(x, codec, 10)  # none is as small: the smallest there is, and its true size
-    assert 10 < tight.bits <= small.bits
-    assert tight.x_hat.shape == x.shape
+    (poor, small), (good, large) = coded(x, codec, 12_000), coded(x, codec, 40_000)
+    assert small <= 12_000 < large <= 40_000
+    assert (good - x).square().mean() < (poor - x).square().mean()
+    worst, tight = coded(x, codec, 10)  # none is as small: the smallest there is, and its true size
+    assert 10 < tight <= small
+    assert worst.shape == x.shape
 
 
 def test_unknown_codecs_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="unknown codec 'bpg'; choose among: jpeg, webp, avif"):
-        compare([tmp_path], out=tmp_path / "out", codecs=["bpg"])
+    write_pictures(tmp_path / "pictures", 1)
+    tiny_tokenizer().save(tmp_path / "model")
+    with pytest.raises(ConfigError, match="no codec 'bpg' for images here; there are: JPEG"):
+        compare([tmp_path / "model"], data=str(tmp_path / "pictures"), out=tmp_path / "out", codecs=["bpg"])
 
 
 def test_side_by_side(tmp_path: Path) -> None:
@@ -47,13 +49,14 @@ def test_side_by_side(tmp_path: Path) -> None:
         codecs=["jpeg", "webp"], num_shown=2, device="cpu", command="tessella compare fsq vq",
     )  # fmt: skip
     assert list(found.rows) == ["fsq", "vq", "JPEG as fsq", "JPEG as vq", "WEBP as fsq", "WEBP as vq"]
-    assert found.rows["vq"]["bits"] == pytest.approx(6 * 6 * 4)  # 6 x 6 positions, 16 codes
-    assert found.rows["vq"]["bits_per_pixel"] == pytest.approx(0.25)
-    assert found.rows["fsq"]["bits_per_pixel"] == pytest.approx(torch.tensor(125.0).log2().item() / 16)
-    assert 0 < found.rows["vq"]["usage"] <= 1
-    assert found.rows["vq"]["memory_mib"] > 0
-    assert found.rows["vq"]["parameters"] == sum(p.numel() for p in tiny_tokenizer(VQ(16, 3)).parameters())
-    assert json.loads(found.record.read_text())["rows"] == found.rows
+    assert found.rows["vq"].values["bits"] == pytest.approx(6 * 6 * 4)  # 6 x 6 positions, 16 codes
+    assert found.rows["vq"].values["bits_per_pixel"] == pytest.approx(0.25)
+    assert found.rows["fsq"].values["bits_per_pixel"] == pytest.approx(torch.tensor(125.0).log2().item() / 16)
+    assert 0 < found.rows["vq"].values["usage"] <= 1
+    assert found.rows["vq"].values["memory_mib"] > 0
+    assert found.rows["vq"].values["parameters"] == sum(p.numel() for p in tiny_tokenizer(VQ(16, 3)).parameters())
+    recorded = json.loads(found.record.read_text())["rows"]
+    assert recorded == {name: row.values for name, row in found.rows.items()}
     page = found.page.read_text()
     assert page.count("original") >= 2
     assert all(name in page for name in ("fsq", "JPEG", "WEBP", "tessella compare fsq vq", "bits per pixel"))

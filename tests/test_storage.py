@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -252,33 +254,41 @@ def test_a_read_only_place_is_called_so(small_disk: Path) -> None:
     tessella.load(small_disk / "model")
 
 
-def test_no_permission_is_called_so(tmp_path: Path) -> None:
-    (tmp_path / "closed").mkdir(mode=0o500)
+@pytest.fixture
+def closed() -> Iterator[Path]:
+    """A folder that nobody may write into, or look into, with a model that may be read; not below pytest's own."""
+    if os.getuid() != 0:
+        pytest.skip("only root can become nobody")
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name) / "closed"
+        tiny_tokenizer().save(place / "model")
+        place.chmod(0o711)
+        Path(name).chmod(0o711)
+        yield place
+
+
+def test_no_permission_is_called_so(closed: Path) -> None:
     code = """
 import os, sys
 from pathlib import Path
+import tessella
 from tessella.storage import atomic_folder, lock_folder, write_text
-os.setuid(65534)
 place = Path(sys.argv[1])
+tessella.load(place / "model")  # nobody may import what that needs
+os.setuid(65534)
 for attempt in (lambda: write_text(place / "file", ""), lambda: atomic_folder(place / "folder").__enter__(),
                 lambda: lock_folder(place, what="a test").__enter__()):
     try:
         attempt()
     except RuntimeError as error:
         print(error)
+print(type(tessella.load(place / "model")).__name__)
 """
-    if os.getuid() != 0:
-        pytest.skip("only root can become nobody")
-    place = Path("/tmp") / f"closed-{os.getpid()}"  # nobody may not look into pytest's folders
-    place.mkdir(mode=0o555)
-    try:
-        done = python(code, place)
-    finally:
-        place.rmdir()
-    lines = done.stdout.splitlines()
-    assert [line.partition(": ")[2] for line in lines] == [
-        "Permission denied; what was there before is untouched"
-    ] * 3, done.stderr
+    done = python(code, closed)
+    *lines, loaded = done.stdout.splitlines() or [""]
+    said = "Permission denied; what was there before is untouched"
+    assert [line.partition(": ")[2] for line in lines] == [said] * 3, done.stderr
+    assert loaded == "Tokenizer", done.stderr
 
 
 # --- killed in between ------------------------------------------------------------------------------------------------
@@ -379,12 +389,25 @@ def test_leftovers_of_the_dead_are_told_from_everything_else(tmp_path: Path) -> 
     assert names(tmp_path) == sorted([*other, "new"])
 
 
+def test_a_process_that_ended_unasked_for_is_dead(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.read()  # until it ends; nobody has waited for it
+        leftover = tmp_path / f".a.{process.pid}@{HOST}.tmp"
+        leftover.touch()
+        deadline = time.monotonic() + 10
+        while not own_leftovers(tmp_path) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert own_leftovers(tmp_path) == [leftover]
+
+
 def test_a_file_s_writer_clears_up_too(tmp_path: Path) -> None:
     (tmp_path / f".recipe.toml.{dead()}@{HOST}.tmp").write_text("half")
     assert holds_nothing(tmp_path)
     assert holds_nothing(tmp_path / "nowhere")
     write_text(tmp_path / "recipe.toml", "whole")
     assert names(tmp_path) == ["recipe.toml"]
+    (tmp_path / f".recipe.toml.{os.getppid()}@{HOST}.tmp").write_text("half")  # alive, or its number was given again
     assert not holds_nothing(tmp_path)
 
 

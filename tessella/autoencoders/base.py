@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from tessella.config import Configurable
 
+# What each layer keeps from one chunk of a stream to the next; filled by the first chunk.
+Memory = dict[nn.Module, tuple[Tensor, ...]]
+
 
 class Autoencoder(Configurable, nn.Module, ABC):
     """Encoder and decoder around a bottleneck that is somebody else's business.
@@ -19,8 +22,14 @@ class Autoencoder(Configurable, nn.Module, ABC):
         stride: signal samples a latent position stands for, along each axis.
         takes_context: whether :meth:`encode` and :meth:`decode` take a second argument, what both see beside the
             signal.
+        chunks_encoder, chunks_decoder: whether :meth:`encode_chunk` and :meth:`decode_chunk` go on, exactly, from what
+            earlier chunks left in a memory.
+        first_chunk: latent positions that the first chunk must have for that.
     """
 
+    chunks_encoder: bool = False
+    chunks_decoder: bool = False
+    first_chunk: int = 1
     takes_context: ClassVar[bool] = False
 
     in_channels: int
@@ -34,6 +43,24 @@ class Autoencoder(Configurable, nn.Module, ABC):
     @abstractmethod
     def decode(self, latent: Tensor) -> Tensor:
         """Latents ``[B, *S, E]`` to ``x_hat [B, C, *X]``."""
+
+    def encode_chunk(self, x: Tensor, memory: Memory) -> Tensor:
+        """:meth:`encode` of what follows the chunks of ``x [B, C, T]`` that ``memory`` has seen.
+
+        All chunks but the last have whole multiples of the stride.
+
+        Raises:
+            ValueError: this encoder needs what follows.
+        """
+        raise ValueError(f"the encoder of {type(self).__name__} needs all of a signal at once")
+
+    def decode_chunk(self, latent: Tensor, memory: Memory) -> Tensor:
+        """:meth:`decode` of what follows the chunks of latents ``[B, t, E]`` that ``memory`` has seen.
+
+        Raises:
+            ValueError: this decoder needs what follows.
+        """
+        raise ValueError(f"the decoder of {type(self).__name__} needs all of a signal at once")
 
     def code_dropout(self, z_q: Tensor) -> Tensor:
         """What the decoder is shown of codes ``[B, *S, D]`` in training: all of them, unless overridden."""

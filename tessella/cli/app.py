@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from tessella.cli.answers import console, say
+from tessella.cli.exchange import exchange
 from tessella.cli.options import (
     AnySplit,
     Data,
@@ -35,6 +36,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.add_typer(study, name="study")
+app.add_typer(exchange)
 
 
 @app.command()
@@ -84,13 +86,18 @@ def tokenize(
             help="Random training crops of each signal instead of its centre: rows that a generator chooses among.",
         ),
     ] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Signals at a time.")] = 64,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that tokenize; 0 does it in this one.")] = 0,
+    engine: Annotated[Literal["local", "ray"], typer.Option(help="Who runs the processes.")] = "local",
+    profile: Annotated[bool, typer.Option("--profile", help="Print where the time went.")] = False,
     device: Device = None,
 ) -> None:
-    """Turn signals into Parquet token shards."""
+    """Turn signals into Parquet token shards. The same command does what an interrupted one left."""
     from tessella.commands.tokenize import tokenize
 
     result = tokenize(
-        model, out, data=data, split=split, limit=limit, whole=whole, variants=variants, device=device
+        model, out, data=data, split=split, limit=limit, whole=whole, variants=variants, batch_size=batch_size,
+        workers=workers, engine=engine, profile=profile, device=device,
     )  # fmt: skip
     say(f"{result}, written to {{}}", out)
 

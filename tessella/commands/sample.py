@@ -18,7 +18,7 @@ from tessella.commands._progress import drawing
 from tessella.errors import ConfigError
 from tessella.generators.drawing import SampleSettings, check_options, chunks, classes_of, draw_batches, labels_of
 from tessella.recipe import differences
-from tessella.storage import write_text
+from tessella.storage import holds_nothing, lock_folder, write_text
 
 SETTINGS = "samples.json"
 OVERVIEW = "grid"
@@ -76,19 +76,19 @@ def sample(
     files = [out / _file_name(number, labels, names, medium.suffix) for number in numbers]
     claimed = {"generator": fingerprint(generator), **asdict(settings)}
     _check_claim(out, claimed)
-    missing = chunks([number for number in numbers if not files[number].is_file()], batch_size)
-    started = time.monotonic()
-    batches = draw_batches(
-        generator, tokenizer, labels=labels, chunks=drawing(missing, "samples"), settings=settings
-    )  # fmt: skip
-    for chunk, signals in zip(missing, batches, strict=True):
-        if not (out / SETTINGS).is_file():
-            write_text(out / SETTINGS, json.dumps(claimed, indent=2) + "\n")
-        for number, signal in zip(chunk, signals, strict=True):
-            medium.write(signal, files[number])
-    seconds = time.monotonic() - started
-    shown = torch.stack([medium.read(file) for file in files[:_SHOWN]])
-    return Drawn(sum(map(len, missing)), len(files), seconds, medium.preview([shown], out / OVERVIEW))
+    with lock_folder(out, what="sampling"):
+        missing = chunks([number for number in numbers if not files[number].is_file()], batch_size)
+        started = time.monotonic()
+        parts = drawing(missing, "samples")
+        batches = draw_batches(generator, tokenizer, labels=labels, chunks=parts, settings=settings)
+        for chunk, signals in zip(missing, batches, strict=True):
+            if not (out / SETTINGS).is_file():
+                write_text(out / SETTINGS, json.dumps(claimed, indent=2) + "\n")
+            for number, signal in zip(chunk, signals, strict=True):
+                medium.write(signal, files[number])
+        seconds = time.monotonic() - started
+        shown = torch.stack([medium.read(file) for file in files[:_SHOWN]])
+        return Drawn(sum(map(len, missing)), len(files), seconds, medium.preview([shown], out / OVERVIEW))
 
 
 def _file_name(number: int, labels: Sequence[int] | None, names: Sequence[str], suffix: str) -> str:
@@ -112,5 +112,5 @@ def _check_claim(out: Path, settings: dict[str, Any]) -> None:
             raise ConfigError(f"{out} holds other samples ({'; '.join(changed)}); choose another --out, or delete it")
     elif out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file, not a folder; choose another --out")
-    elif out.exists() and any(out.iterdir()):
+    elif not holds_nothing(out):
         raise ConfigError(f"{out} is not empty and holds no samples; choose another --out")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from tessella.media.base import Medium
 from tessella.objectives.base import Objective
 from tessella.recipe import differences, override, read_recipe
 from tessella.registry import Spec
-from tessella.storage import holds_nothing, write_text
+from tessella.storage import holds_nothing, lock_folder, read_sealed, write_sealed
 from tessella.tokenizer import Tokenizer
 from tessella.training.base import Step
 from tessella.training.generator import GeneratorStep
@@ -83,9 +82,10 @@ def train(
 
     def claim() -> None:
         run.claim()
-        write_text(folder / DATA, json.dumps(identity, indent=1) + "\n")
+        write_sealed(folder / DATA, identity)
 
-    loop.run(step, run.dataset, folder, device=place, show=show, quiet=quiet, claim=claim)
+    with lock_folder(folder, what="training"):
+        loop.run(step, run.dataset, folder, device=place, show=show, quiet=quiet, claim=claim)
     return folder
 
 
@@ -176,7 +176,7 @@ def _check_data(folder: Path, identity: Spec, allow_changed: bool) -> None:
     file = folder / DATA
     if not file.is_file():
         return
-    changed = differences(json.loads(file.read_text(encoding="utf-8")), identity)
+    changed = differences(read_sealed(file), identity)
     if not changed:
         return
     said = f"the data is not what {folder} began with ({'; '.join(changed)})"

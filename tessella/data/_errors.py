@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from tessella.errors import TessellaError
+from tessella.text import printable
 
 
 class DataError(TessellaError, ValueError):
     """Data that cannot be used; the message names the file and what is wrong with it."""
+
+    def __str__(self) -> str:
+        """The message, with whatever a file's name would do to a terminal written out."""
+        return printable(super().__str__())
 
 
 class UnreadableImage(DataError):
@@ -15,8 +20,8 @@ class UnreadableImage(DataError):
     def __init__(self, key: str, reason: str) -> None:
         super().__init__(key, reason)
         self.key = key
-        self.reason = reason
+        self.reason = printable(reason)
 
     def __str__(self) -> str:
         """The picture's name and the reason."""
-        return f"{self.key}: {self.reason}"
+        return f"{printable(self.key)}: {self.reason}"

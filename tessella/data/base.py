@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple, NotRequired, TypedDict, cast
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from tessella.data._errors import DataError as DataError
 from tessella.data._errors import UnreadableImage as UnreadableImage
+from tessella.data._pixels import BitDepth, Pixels, crop, mirror, resize_shorter_side
+from tessella.data._pixels import to_tensor as to_tensor
+from tessella.data.decode import decode
 from tessella.registry import Spec
+from tessella.text import printable
 
 Split = Literal["train", "test"]
 
@@ -25,9 +29,12 @@ _MIN_PICTURES_TO_JUDGE = 200
 
 
 class Picture(NamedTuple):
-    """What a data set reads: an RGB image, its class (-1 where unknown) and its stable, unique name."""
+    """What a data set reads: a picture, its class (-1 where unknown) and its stable, unique name.
 
-    image: Image.Image
+    The picture is Pillow's where it has 8 bits and 1, 3 or 4 channels, else an array ``[H, W, C]`` uint8 or uint16.
+    """
+
+    image: Pixels
     label: int
     key: str
 
@@ -124,29 +131,56 @@ class ImageDataset(Samples, ABC):
         crop_px: side of the square crop in pixels; None keeps whole pictures.
         resize_px: length in pixels that the shorter side is brought to first (bicubic, antialiased); None: as it is.
         flip: in training, mirror half of the pictures left to right.
+        channels: 1 grey, 3 RGB, 4 RGBA, or any other number, from TIFF or .npy: see
+            :func:`~tessella.data.decode.decode`, which says what is made of pictures with others.
+        bit_depth: 8, or 16 to keep the levels of 16-bit pictures.
 
     Raises:
         ValueError: an argument out of its range.
     """
 
-    carries = frozenset({"crop_px", "resize_px", "flip"})
+    carries = frozenset({"crop_px", "resize_px", "flip", "channels", "bit_depth"})
     window = frozenset({"crop_px", "resize_px"})
 
     def __init__(
-        self, *, split: Split, crop_px: int | None = None, resize_px: int | None = None, flip: bool = False
+        self,
+        *,
+        split: Split,
+        crop_px: int | None = None,
+        resize_px: int | None = None,
+        flip: bool = False,
+        channels: int = 3,
+        bit_depth: BitDepth = 8,
     ) -> None:
         if split not in ("train", "test"):
             raise ValueError(f"split must be 'train' or 'test', got {split!r}")
-        for name, size in (("crop_px", crop_px), ("resize_px", resize_px)):
+        for name, size in (("crop_px", crop_px), ("resize_px", resize_px), ("channels", channels)):
             if size is not None and size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
         if crop_px is not None and resize_px is not None and resize_px < crop_px:
             raise ValueError(f"resize_px ({resize_px}) must be at least crop_px ({crop_px})")
+        if bit_depth not in (8, 16):
+            raise ValueError(f"bit_depth must be 8 or 16, got {bit_depth}")
         self.split = split
         self.crop_px = crop_px
         self.extent = None if crop_px is None else (crop_px, crop_px)
         self.resize_px = resize_px
         self.flip = flip
+        self.channels = channels
+        self.bit_depth = bit_depth
+
+    @classmethod
+    def medium_spec(cls, section: Spec) -> Spec:
+        """Pictures of the channels and the bit depth that are read."""
+        return {"name": cls.medium, **{key: section[key] for key in ("channels", "bit_depth") if key in section}}
+
+    def decode(self, source: bytes | Path, key: str) -> Pixels:
+        """The picture in encoded bytes or a file, with the channels and the bit depth of this data set.
+
+        Raises:
+            UnreadableImage: it cannot be decoded.
+        """
+        return decode(source, key, channels=self.channels, bit_depth=self.bit_depth)
 
     @abstractmethod
     def read(self, index: int) -> Picture:
@@ -164,35 +198,12 @@ class ImageDataset(Samples, ABC):
         """
         image, label, key = self.read(index)
         if self.resize_px is not None:
-            image = _resize_shorter_side(image, self.resize_px)
+            image = resize_shorter_side(image, self.resize_px)
         if self.crop_px is not None:
-            image = _crop(image, self.crop_px, key, rng)
+            image = crop(image, self.crop_px, key, rng)
         if self.flip and rng is not None and rng.random() < 0.5:
-            image = ImageOps.mirror(image)
+            image = mirror(image)
         return Sample(x=to_tensor(image), label=label, key=key)
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """``[3, H, W]`` float32 in [-1, 1] of an RGB image: v / 127.5 - 1."""
-    # In numpy, hence in one thread: torch would wait for threads that a busy machine lets start late.
-    levels = np.asarray(image).transpose(2, 0, 1).astype(np.float32, order="C")
-    return torch.from_numpy(levels / np.float32(127.5) - np.float32(1))
-
-
-def _resize_shorter_side(image: Image.Image, size: int) -> Image.Image:
-    shorter = min(image.size)
-    width, height = (max(size, round(side * size / shorter)) for side in image.size)
-    return image.resize((width, height), Image.Resampling.BICUBIC)
-
-
-def _crop(image: Image.Image, size: int, key: str, rng: np.random.Generator | None) -> Image.Image:
-    room_x, room_y = image.width - size, image.height - size
-    if min(room_x, room_y) < 0:
-        raise UnreadableImage(
-            key, f"{image.width}x{image.height} px is smaller than crop_px={size}; resize_px={size} would enlarge it"
-        )
-    left, top = (room_x // 2, room_y // 2) if rng is None else rng.integers((0, 0), (room_x, room_y), endpoint=True)
-    return image.crop((left, top, left + size, top + size))
 
 
 def random_for(seed: int, epoch: int, index: int) -> np.random.Generator:
@@ -206,9 +217,24 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return cast(Batch, moved)
 
 
+def of_one_size(batch: Batch) -> Iterator[Batch]:
+    """The batch, or each of its signals without what it was padded by."""
+    if not len(batch["x"]):
+        return
+    if "extent" not in batch:
+        yield batch
+        return
+    for row, extent in enumerate(batch["extent"].tolist()):
+        window = (slice(row, row + 1), slice(None), *map(slice, extent))
+        one = Batch(x=batch["x"][window], label=batch["label"][row : row + 1], key=[batch["key"][row]], skipped=[])
+        if "context" in batch:
+            one["context"] = batch["context"][row : row + 1]
+        yield one
+
+
 def list_skipped(skipped: Iterable[tuple[str, str]]) -> str:
     """The first few distinct ones, for messages."""
-    distinct = [f"{key}: {reason}" for key, reason in dict(skipped).items()]
+    distinct = [f"{printable(key)}: {reason}" for key, reason in dict(skipped).items()]
     rest = [f"and {len(distinct) - 5} more"] if len(distinct) > 5 else []
     return "; ".join(distinct[:5] + rest)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from tessella.data._errors import DataError, UnreadableImage
+from tessella.data._pixels import BitDepth
 from tessella.data._splits import TRAIN_NAME, find_test_name
 from tessella.data.base import UNKNOWN_LABEL, ImageDataset, Picture, Split
-from tessella.data.decode import decode_rgb
 from tessella.extras import require
 
 
@@ -23,6 +23,9 @@ class Hub(ImageDataset):
         crop_px: side of the square crop in pixels; None keeps whole pictures.
         resize_px: length in pixels that the shorter side is brought to first.
         flip: in training, mirror half of the pictures left to right.
+        channels: 1 grey, 3 RGB, 4 RGBA, or any other number; what becomes of pictures with others says
+            :func:`~tessella.data.decode.decode`.
+        bit_depth: 8, or 16 to keep the levels of 16-bit pictures.
         config: which of the repository's data sets, where it holds several.
         revision: branch, tag or commit; None is the newest, which may change under a recipe.
         image_column: the column of pictures.
@@ -42,12 +45,16 @@ class Hub(ImageDataset):
         crop_px: int | None = None,
         resize_px: int | None = None,
         flip: bool = False,
+        channels: int = 3,
+        bit_depth: BitDepth = 8,
         config: str | None = None,
         revision: str | None = None,
         image_column: str = "image",
         label_column: str | None = None,
     ) -> None:
-        super().__init__(split=split, crop_px=crop_px, resize_px=resize_px, flip=flip)
+        super().__init__(
+            split=split, crop_px=crop_px, resize_px=resize_px, flip=flip, channels=channels, bit_depth=bit_depth
+        )
         datasets = require("datasets", extra="hub")
         present = datasets.get_dataset_split_names(repo, config, revision=revision)
         name = TRAIN_NAME if split == "train" else find_test_name(present)
@@ -81,4 +88,4 @@ class Hub(ImageDataset):
         if not source:
             raise UnreadableImage(key, "the row holds no picture")
         label = None if self._label_column is None else row[self._label_column]
-        return Picture(decode_rgb(source, key), UNKNOWN_LABEL if label is None else label, key)
+        return Picture(self.decode(source, key), UNKNOWN_LABEL if label is None else label, key)

@@ -18,8 +18,9 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from tessella.data._errors import DataError, UnreadableImage
+from tessella.data._pixels import BitDepth
 from tessella.data.base import ImageDataset, Picture, Split
-from tessella.data.decode import decode_rgb, picture_extensions
+from tessella.data.decode import picture_extensions
 from tessella.extras import require
 from tessella.storage import write_bytes
 
@@ -57,6 +58,9 @@ class LSUN(ImageDataset):
         crop_px: side of the square crop in pixels; None keeps whole pictures.
         resize_px: length in pixels that the shorter side is brought to first.
         flip: in training, mirror half of the pictures left to right.
+        channels: 1 grey, 3 RGB, 4 RGBA, or any other number; what becomes of pictures with others says
+            :func:`~tessella.data.decode.decode`.
+        bit_depth: 8, or 16 to keep the levels of 16-bit pictures.
 
     Raises:
         ImportError: lmdb is not installed, and an LMDB is to be read.
@@ -73,8 +77,12 @@ class LSUN(ImageDataset):
         crop_px: int | None = None,
         resize_px: int | None = None,
         flip: bool = False,
+        channels: int = 3,
+        bit_depth: BitDepth = 8,
     ) -> None:
-        super().__init__(split=split, crop_px=crop_px, resize_px=resize_px, flip=flip)
+        super().__init__(
+            split=split, crop_px=crop_px, resize_px=resize_px, flip=flip, channels=channels, bit_depth=bit_depth
+        )
         if isinstance(categories, str) or len(set(categories)) < len(categories):
             raise ValueError(f"categories must be a list of different names, got {categories!r}")
         self.path = Path(path)
@@ -100,7 +108,7 @@ class LSUN(ImageDataset):
         """The picture, its category, and "<category>_<train|val>/<name>" as the key."""
         position = bisect_right(self._starts, index) - 1
         key, encoded = self._parts[position].entry(index - self._starts[position])
-        return Picture(decode_rgb(encoded, key), self._labels[position], key)
+        return Picture(self.decode(encoded, key), self._labels[position], key)
 
 
 class _Database:

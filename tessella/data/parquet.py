@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tessella.data._errors import DataError, UnreadableImage
+from tessella.data._pixels import BitDepth
 from tessella.data._splits import TEST_NAMES, TRAIN_NAME, check_share, find_test_name, held_out_part
 from tessella.data.base import UNKNOWN_LABEL, ImageDataset, Picture, Split
-from tessella.data.decode import decode_rgb
 from tessella.extras import require
 
 
@@ -32,6 +32,9 @@ class Parquet(ImageDataset):
         crop_px: side of the square crop in pixels; None keeps whole pictures.
         resize_px: length in pixels that the shorter side is brought to first.
         flip: in training, mirror half of the pictures left to right.
+        channels: 1 grey, 3 RGB, 4 RGBA, or any other number; what becomes of pictures with others says
+            :func:`~tessella.data.decode.decode`.
+        bit_depth: 8, or 16 to keep the levels of 16-bit pictures.
         held_out: the share of rows held out where no file separates them; 1 for all.
         image_column: its name.
         label_column: its name; None is "label" where there is one, and label -1 otherwise.
@@ -49,11 +52,15 @@ class Parquet(ImageDataset):
         crop_px: int | None = None,
         resize_px: int | None = None,
         flip: bool = False,
+        channels: int = 3,
+        bit_depth: BitDepth = 8,
         held_out: float = 0.05,
         image_column: str = "image",
         label_column: str | None = None,
     ) -> None:
-        super().__init__(split=split, crop_px=crop_px, resize_px=resize_px, flip=flip)
+        super().__init__(
+            split=split, crop_px=crop_px, resize_px=resize_px, flip=flip, channels=channels, bit_depth=bit_depth
+        )
         check_share(held_out)
         files, separate = _files_of_split(Path(path), split)
         self._files = files
@@ -85,7 +92,7 @@ class Parquet(ImageDataset):
         data = self._table[self._columns.image][row].as_py()
         if data is None:
             raise UnreadableImage(key, "the row holds no bytes")
-        return Picture(decode_rgb(data, key), self._label(row, key), key)
+        return Picture(self.decode(data, key), self._label(row, key), key)
 
     def _label(self, row: int, key: str) -> int:
         if self._columns.label is None:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from tessella.data._pixels import MODES
 from tessella.data.base import ImageDataset, Picture, Sample, Split, random_for
 from tessella.data.decode import decode_rgb
 
@@ -64,17 +65,22 @@ class Photos(ImageDataset):
         crop_px: side of the crop in pixels.
         flip: in training, mirror half of the crops left to right.
         crops_per_epoch: number of training crops that count as an epoch; no part in the test split.
+        channels: 3 RGB, 1 grey (ITU-R 601-2), or 4 RGBA, opaque.
 
     Raises:
         ImportError: scikit-image or scikit-learn is not installed.
-        ValueError: ``crop_px`` does not fit into the photographs.
+        ValueError: ``crop_px`` does not fit into the photographs, or channels that they do not have.
     """
 
-    carries = frozenset({"crop_px", "flip"})
+    carries = frozenset({"crop_px", "flip", "channels"})
     window = frozenset()
 
-    def __init__(self, *, split: Split, crop_px: int = 64, flip: bool = False, crops_per_epoch: int = 10_000) -> None:
-        super().__init__(split=split, crop_px=crop_px, flip=flip)
+    def __init__(
+        self, *, split: Split, crop_px: int = 64, flip: bool = False, crops_per_epoch: int = 10_000, channels: int = 3
+    ) -> None:
+        super().__init__(split=split, crop_px=crop_px, flip=flip, channels=channels)
+        if channels not in MODES:
+            raise ValueError(f"the photographs can be had with 1, 3 or 4 channels, not with {channels}")
         if crops_per_epoch < 1:
             raise ValueError(f"crops_per_epoch must be at least 1, got {crops_per_epoch}")
         self.class_names = tuple(_FILES)
@@ -105,7 +111,7 @@ class Photos(ImageDataset):
             widths = np.array([box.width for box in boxes])
             box = boxes[random_for(0, 0, index).choice(len(boxes), p=widths / widths.sum())]
         pixels = _photograph(name)[box.top : box.bottom, box.left : box.right]
-        return Picture(Image.fromarray(pixels), label, f"{name}:{index}")
+        return Picture(Image.fromarray(pixels).convert(MODES[self.channels]), label, f"{name}:{index}")
 
     def sample(self, index: int, rng: np.random.Generator | None = None) -> Sample:
         """As everywhere, save that training crops without ``rng`` are random ones too, fixed by the index."""

@@ -46,6 +46,10 @@ class Metrics(ABC):
     def compute(self) -> dict[str, Any]:
         """The numbers of all that was seen, by name: JSON values."""
 
+    def rates(self, positions_per_sec: float) -> dict[str, float]:
+        """Numbers made of the positions X of a signal that are encoded and decoded in a second."""
+        return {}
+
     def protocol(self) -> dict[str, Any]:
         """What two records must share beside the data, as JSON values."""
         return {}

@@ -4,52 +4,36 @@ from __future__ import annotations
 
 import io
 import math
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, features
 from torch import Tensor
 
-from tessella.errors import ConfigError
 from tessella.evaluation.image import to_uint8
 
 CODECS = ("jpeg", "webp", "avif")
 _QUALITIES = 100  # of all three, in Pillow: 0 the worst
 
 
-class Coded(NamedTuple):
-    """What a codec made of a picture: what comes back, and how many bits its file has, header included."""
-
-    x_hat: Tensor
-    bits: int
+def available_codecs() -> list[str]:
+    """Those of :data:`CODECS` that this Pillow was built with."""
+    return [codec for codec in CODECS if codec == "jpeg" or features.check(codec)]
 
 
-def check_codec(codec: str) -> None:
-    """Refuse a codec that is unknown, or that this Pillow was built without.
-
-    Raises:
-        ConfigError: with the codecs there are.
-    """
-    if codec not in CODECS:
-        raise ConfigError(f"unknown codec {codec!r}; choose among: {', '.join(CODECS)}")
-    if codec != "jpeg" and not features.check(codec):
-        raise ConfigError(f"Pillow was built without {codec} here")
-
-
-def coded(x: Tensor, codec: str, budget: float) -> Coded:
-    """The best file of at most ``budget`` bits, or the smallest there is where none is as small.
+def coded(x: Tensor, codec: str, budget: float) -> tuple[Tensor, int]:
+    """What comes back from the best file of at most ``budget`` bits, or the smallest there is, and that file's bits.
 
     Args:
         x: a picture ``[3, H, W]`` in [-1, 1].
-        codec: one of :data:`CODECS`.
+        codec: one of :func:`available_codecs`.
         budget: bits of the whole file.
     """
     picture = Image.fromarray(to_uint8(x).permute(1, 2, 0).cpu().numpy())
     low, high = 0, _QUALITIES  # the best quality lies in [low, high]
     best = _file(picture, codec, low)
     if 8 * len(best) > budget:
-        return Coded(_decoded(best), 8 * len(best))
+        return _decoded(best), 8 * len(best)
     while low < high:
         quality = math.ceil((low + high) / 2)
         data = _file(picture, codec, quality)
@@ -57,7 +41,7 @@ def coded(x: Tensor, codec: str, budget: float) -> Coded:
             low, best = quality, data
         else:
             high = quality - 1
-    return Coded(_decoded(best), 8 * len(best))
+    return _decoded(best), 8 * len(best)
 
 
 def _file(picture: Image.Image, codec: str, quality: int) -> bytes:

@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tessella.data.base import Batch, to_device
+from tessella.data.base import Batch, of_one_size, to_device
 from tessella.evaluation.base import Metrics, Number
 from tessella.evaluation.codebook import CodeCounter
 from tessella.storage import write_text
@@ -100,7 +100,7 @@ def evaluate_reconstruction(
     device = _device_of(tokenizer)
     codes = CodeCounter(tokenizer.quantizer.codebook_size, tokenizer.quantizer.num_codebooks)
     sizes: Counter[str] = Counter()
-    timings: list[tuple[int, float]] = []
+    timings: list[tuple[int, int, float]] = []  # signals, positions, seconds
     num_skipped = num_positions = 0
     start = time.perf_counter()
     was_training = tokenizer.training
@@ -108,13 +108,13 @@ def evaluate_reconstruction(
     try:
         for batch in batches:
             num_skipped += len(batch["skipped"])
-            for part in _of_one_size(batch):
+            for part in of_one_size(batch):
                 x = to_device(part, device)["x"]
                 indices, x_hat, seconds = _reconstruct(tokenizer, to_device(part, device))
                 _check_finite(x_hat, part["key"])
                 codes.update(indices)
                 metrics.update(x, x_hat, part)
-                timings.append((len(x), seconds))
+                timings.append((len(x), len(x) * math.prod(x.shape[2:]), seconds))
                 sizes["x".join(map(str, x.shape[2:]))] += len(x)
                 num_positions += len(x) * math.prod(x.shape[2:])
             if progress is not None:
@@ -129,7 +129,8 @@ def evaluate_reconstruction(
         "usage": codes.usage,
         "perplexity": codes.perplexity,
         metrics.bits_name: bits * metrics.bits_scale,
-        f"{metrics.signals}_per_sec": _rate(timings),
+        f"{metrics.signals}_per_sec": _rates(timings)[0],
+        **metrics.rates(_rates(timings)[1]),
         "seconds": time.perf_counter() - start,
         "num_skipped": num_skipped,
     }
@@ -185,21 +186,6 @@ def _line(protocol: Mapping[str, Any], metrics: Metrics) -> str:
     return "; ".join(parts)
 
 
-def _of_one_size(batch: Batch) -> Iterator[Batch]:
-    """The batch, or each of its signals without what it was padded by."""
-    if not len(batch["x"]):
-        return
-    if "extent" not in batch:
-        yield batch
-        return
-    for row, extent in enumerate(batch["extent"].tolist()):
-        window = (slice(row, row + 1), slice(None), *map(slice, extent))
-        one = Batch(x=batch["x"][window], label=batch["label"][row : row + 1], key=[batch["key"][row]], skipped=[])
-        if "context" in batch:
-            one["context"] = batch["context"][row : row + 1]
-        yield one
-
-
 def _reconstruct(tokenizer: Tokenizer, batch: Batch) -> tuple[Tensor, Tensor, float]:
     """Indices, reconstruction and the seconds that both took."""
     x, context = batch["x"], batch.get("context")
@@ -224,9 +210,10 @@ def _check_finite(x_hat: Tensor, keys: list[str]) -> None:
         raise ValueError(f"the reconstruction holds NaN or infinity for: {', '.join(broken[:5])}")
 
 
-def _rate(timings: list[tuple[int, float]]) -> float:
-    counted = timings[1:] or timings
-    return sum(count for count, _ in counted) / sum(seconds for _, seconds in counted)
+def _rates(timings: list[tuple[int, int, float]]) -> tuple[float, float]:
+    """Signals and positions a second."""
+    counts, positions, seconds = zip(*(timings[1:] or timings), strict=True)
+    return sum(counts) / sum(seconds), sum(positions) / sum(seconds)
 
 
 def _device_of(tokenizer: Tokenizer) -> torch.device:

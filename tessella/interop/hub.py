@@ -70,7 +70,7 @@ def from_pretrained(
         device: where to put it.
         cache: folder for what is downloaded and converted; by default the hub's own and the user's.
         licence: see :func:`tessella.interop.convert.convert`.
-        endpoint: another hub than huggingface.co.
+        endpoint: another hub than the default one.
 
     Raises:
         ConversionError: nothing of that name, or nothing that can be converted.
@@ -170,7 +170,7 @@ def push(
         licence: of the weights; needed unless the recipe's ``[source]`` has it.
         data: what it was trained on, in words; needed unless the recipe has a ``[data]``.
         private: whether only its owner sees it.
-        endpoint: another hub than huggingface.co.
+        endpoint: another hub than the default one.
 
     Raises:
         ConversionError: the card would lack something; the message names it. Or the hub refused.

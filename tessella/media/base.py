@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
+import PIL.Image
 import torch
 from torch import Tensor
 
@@ -14,7 +17,18 @@ from tessella.config import Configurable
 from tessella.errors import ConfigError
 from tessella.evaluation.base import Metrics
 from tessella.evaluation.features import FeatureNetwork
-from tessella.reporting.page import Section
+from tessella.reporting.page import Picture, Section
+
+
+class Coded(NamedTuple):
+    """What a codec makes of a signal: what comes back, and how many bits its file has, header included."""
+
+    x_hat: Tensor
+    bits: int
+
+
+# Of a signal [C, *X] the best file of at most so many bits, or the smallest where none is as small.
+Codec = Callable[[Tensor, float], Coded]
 
 
 class Medium(Configurable, ABC):
@@ -92,6 +106,28 @@ class Medium(Configurable, ABC):
     ) -> Section:
         """:meth:`show` where encoder and decoder also saw ``context [B, ...]``; a medium that can shows it too."""
         return self.show(x, x_hat, indices, codebook, keys)
+
+    def codecs(self) -> dict[str, Codec]:
+        """Codecs of everyday use that can be had here, by name: yardsticks for tokenizers."""
+        return {}
+
+    def show_versions(
+        self, x: Sequence[Tensor], versions: Mapping[str, Sequence[Tensor]], keys: Sequence[str]
+    ) -> Section:
+        """A report's section of signals and what several tokenizers make of each.
+
+        Args:
+            x: originals ``[C, *X]``, which may differ in size.
+            versions: name -> reconstructions of the same sizes.
+            keys: the signals' names.
+        """
+        extent = [min(signal.shape[axis] for signal in x) for axis in range(1, x[0].ndim)]
+        window = (slice(None), *map(slice, extent))
+        rows = [torch.stack([signal[window] for signal in signals]) for signals in (x, *versions.values())]
+        with tempfile.TemporaryDirectory() as folder:
+            picture = np.asarray(PIL.Image.open(self.preview(rows, Path(folder) / "versions")).convert("RGB"))
+        text = f"From above: the originals, then {', '.join(versions)}. The signals are {', '.join(keys)}."
+        return Section("Side by side", text, [Picture("versions", picture, "Originals, and below them the versions.")])
 
     @abstractmethod
     def show_samples(self, real: Mapping[str, Tensor], generated: Mapping[str, Tensor], settings: str) -> Section:

@@ -5,33 +5,35 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tessella.data._pixels import BitDepth
 from tessella.data.base import to_tensor
-from tessella.data.decode import decode_rgb
+from tessella.data.decode import decode
 from tessella.errors import ConfigError
 from tessella.evaluation.base import Metrics
+from tessella.evaluation.codecs import available_codecs, coded
 from tessella.evaluation.features import FeatureNetwork
 from tessella.evaluation.image import ImageMetrics, picture_scores
 from tessella.evaluation.protocols import EFFLITE0, find_protocol
 from tessella.losses.perceptual import LPIPS, Network
-from tessella.media.base import Medium
+from tessella.media.base import Codec, Coded, Medium
 from tessella.reporting.generation import samples_section
 from tessella.reporting.page import Card, Gallery, Section, Tile
 from tessella.reporting.pictures import Array, error_maps, grid, png, save_image_grid, to_pictures, token_maps
+from tessella.reporting.versions import versions_section
 from tessella.storage import write_bytes
 
 EFFLITE0_WEIGHTS = "efficientnet_lite0.fp16.safetensors"
 ERROR_GAIN = 5.0
 
 _IBQ_METRICS = {"pixels": "truncated", "lpips_pixels": "float", "window": "uniform"}
-
-BitDepth = Literal[8, 16]
 
 
 class Image(Medium):
@@ -62,7 +64,7 @@ class Image(Medium):
 
     def read(self, path: Path) -> Tensor:
         """A picture file in any format that data sets read."""
-        return to_tensor(decode_rgb(path, str(path)))
+        return to_tensor(decode(path, str(path), channels=self.channels, bit_depth=self.bit_depth))
 
     def write(self, x: Tensor, path: Path) -> None:
         """Clamped to [-1, 1] and rounded to the bit depth."""
@@ -128,6 +130,19 @@ class Image(Medium):
         grids = {f"{name}.png": png(grid(kind, columns=4)) for name, kind in zip(names, pictures.values(), strict=True)}
         return Section("Pictures", _explanation(indices), [Gallery(_cards(pictures, x, x_hat, keys), grids)])
 
+    def codecs(self) -> dict[str, Codec]:
+        """JPEG, WebP and AVIF of RGB pictures, as far as Pillow was built with them."""
+        if self.channels != 3 or self.bit_depth != 8:
+            return {}
+        return {name.upper(): partial(_coded, name) for name in available_codecs()}
+
+    def show_versions(
+        self, x: Sequence[Tensor], versions: Mapping[str, Sequence[Tensor]], keys: Sequence[str]
+    ) -> Section:
+        """A row a picture, see :func:`tessella.reporting.versions.versions_section`."""
+        shown_versions = {name: [shown(one[None])[0] for one in pictures] for name, pictures in versions.items()}
+        return versions_section([shown(one[None])[0] for one in x], shown_versions, keys)
+
     def show_samples(self, real: Mapping[str, Tensor], generated: Mapping[str, Tensor], settings: str) -> Section:
         """A card a class, and all samples in one picture."""
         return samples_section(
@@ -140,6 +155,10 @@ class Image(Medium):
         path = stem.with_name(f"{stem.name}.png")
         save_image_grid(shown(torch.cat(list(rows))), path, columns=len(rows[0]) if len(rows) > 1 else None)
         return path
+
+
+def _coded(codec: str, x: Tensor, budget: float) -> Coded:
+    return Coded(*coded(x, codec, budget))
 
 
 def shown(x: Tensor) -> Tensor:

@@ -19,17 +19,23 @@ from tessella.storage import write_bytes, write_text
 
 PAGE = "report.html"
 
+_POLICY = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'"
+
 _TILE_PX = 128  # small pictures are enlarged by the largest whole number that keeps them within this width
 _PHOTO_PX = 320  # from this width on a picture may be shrunk to fit the screen
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A picture ``[H, W, 3]`` with a word below it; ``behind`` is another of its size, shown while pointed at."""
+    """A picture ``[H, W, 3]`` with a word below it.
+
+    ``behind`` is another of its size, shown while pointed at; ``sound`` is a WAV file, played below.
+    """
 
     label: str
     picture: Array
     behind: Array | None = None
+    sound: bytes | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -180,7 +186,7 @@ def write_page(
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
 <title>{escape(title)}</title>
 <style>
 {css}</style>
@@ -217,12 +223,13 @@ def _tile(tile: Tile, shown_px: int) -> str:
     kind = "tile photo" if zoom * width >= _PHOTO_PX else "tile"
     size = f"width:{zoom * width}px;aspect-ratio:{width}/{height}"
     frame = f'<div class="frame" style="{size}">{images}</div>'
-    return f'<div class="{kind}">{frame}<small>{escape(tile.label)}</small></div>'
+    player = "" if tile.sound is None else f'<audio controls src="{_data_uri(tile.sound, "audio/wav")}"></audio>'
+    return f'<div class="{kind}">{frame}<small>{escape(tile.label)}</small>{player}</div>'
 
 
 def _image(picture: Array, alt: str) -> str:
     return f'<img src="{_data_uri(png(picture))}" alt="{escape(alt)}">'
 
 
-def _data_uri(data: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(data).decode("ascii")
+def _data_uri(data: bytes, kind: str = "image/png") -> str:
+    return f"data:{kind};base64," + base64.b64encode(data).decode("ascii")

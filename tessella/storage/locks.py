@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tessella.storage.writing import HOST, StorageError, is_alive, own_leftovers, write_errors
+from tessella.storage.writing import HOST, StorageError, is_alive, is_temporary, write_errors
 from tessella.text import printable
 
 try:
@@ -80,10 +80,11 @@ def lock_folder(path: Path, *, what: str) -> Iterator[None]:
 
 
 def holds_nothing(folder: Path) -> bool:
-    """Whether a folder is missing or holds nothing but a lock and what killed writers left under temporary names."""
-    if not folder.exists():
-        return True
-    return {path.name for path in folder.iterdir()} <= {LOCK, *(path.name for path in own_leftovers(folder))}
+    """Whether a folder is missing, or holds nothing but a lock and unfinished work.
+
+    To whoever has locked the folder, all unfinished work is a killed writer's.
+    """
+    return not folder.exists() or all(path.name == LOCK or is_temporary(path.name) for path in folder.iterdir())
 
 
 def _acquire(path: Path, file: Path) -> int:

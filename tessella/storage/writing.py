@@ -225,7 +225,11 @@ def _stale(folder: Path) -> Iterator[tuple[Path, re.Match[str]]]:
     """Temporary names in ``folder`` whose writer is dead, each with its parts."""
     if not folder.is_dir():
         return
-    for name in sorted(os.listdir(folder)):
+    try:
+        there = sorted(os.listdir(folder))
+    except PermissionError:  # a folder that one may go through, but not look into
+        return
+    for name in there:
         found = _TEMPORARY.fullmatch(name)
         if found is None or found["host"] not in (None, HOST):
             continue
@@ -245,7 +249,16 @@ def is_alive(pid: int) -> bool:
         return False
     except PermissionError:
         return True
-    return True
+    try:  # one that ended, but that its parent did not ask for yet, is still listed
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(") ")[2][:1]
+    except OSError:
+        return True
+    return state not in ("Z", "X")
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file or folder is called as a writer's unfinished work is."""
+    return _TEMPORARY.fullmatch(name) is not None
 
 
 def _temporary(target: Path, kind: str) -> Path:

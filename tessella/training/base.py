@@ -51,5 +51,9 @@ class Step(nn.Module, ABC):
 
 
 def trained_children(module: nn.Module) -> dict[str, nn.Module]:
-    """Its children with parameters that train; the others are frozen as a whole."""
-    return {name: child for name, child in module.named_children() if any(p.requires_grad for p in child.parameters())}
+    """Its children that training changes: with parameters that train, or a hook after each step; others are frozen."""
+    return {
+        name: child
+        for name, child in module.named_children()
+        if hasattr(child, "after_step") or any(p.requires_grad for p in child.parameters())
+    }

@@ -39,7 +39,7 @@ def reason_of(data: bytes) -> str:
     return caught.value.reason
 
 
-@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM", "TGA"])
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM"])
 def test_lossless_rgb_is_unchanged(kind: str) -> None:
     pixels = noise(5, 7)
     np.testing.assert_array_equal(decoded(encoded(Image.fromarray(pixels), kind)), pixels)
@@ -156,7 +156,7 @@ def test_a_phone_picture_with_a_preview_is_its_first_frame() -> None:
 
 def test_text_named_as_a_picture(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("hello")
-    with pytest.raises(UnreadableImage, match=r"^a\.png: not a picture in any format that can be read$"):
+    with pytest.raises(UnreadableImage, match=r"^a\.png: not a picture in any format that can be read \(JPEG, PNG, "):
         decode_rgb(tmp_path / "a.png", "a.png")
 
 

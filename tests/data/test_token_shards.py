@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import multiprocessing
+import os
+import pickle
+import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +15,7 @@ from tessella.data.base import DataError
 from tessella.data.loader import training_batches
 from tessella.data.token_shards import TokenShards
 from tessella.data.tokens import TokenWriter
+from tessella.storage.writing import HOST
 from tessella.tokenizer import TokenSpace
 
 pytest.importorskip("pyarrow")
@@ -18,7 +24,7 @@ SPACE = TokenSpace(grid=(), num_codebooks=2, codebook_size=1000, fingerprint="01
 
 
 def indices(picture: int, variant: int) -> torch.Tensor:
-    return torch.arange(12).reshape(3, 2, 2) + 100 * picture + 10 * variant
+    return (torch.arange(12).reshape(3, 2, 2) + 100 * picture + 10 * variant) % 1000
 
 
 def write(folder: Path, *, pictures: int = 5, variants: int = 3) -> Path:
@@ -52,10 +58,81 @@ def test_batches_are_those_of_pictures(tmp_path: Path) -> None:
 
 def test_arrays_are_memory_mapped_and_follow_the_shards(tmp_path: Path) -> None:
     shards = TokenShards(split="train", path=str(write(tmp_path)))
-    assert isinstance(shards._indices, np.memmap)
-    assert shards._indices.dtype == np.uint16
+    assert isinstance(shards._arrays.indices, np.memmap)
+    assert shards._arrays.indices.dtype == np.uint16
     assert len(TokenShards(split="train", path=str(write(tmp_path, pictures=7)))) == 7
     assert len(list((tmp_path / ".arrays").iterdir())) == 1
+
+
+def test_other_tokens_under_the_same_names_are_not_the_cached_ones(tmp_path: Path) -> None:
+    assert int(TokenShards(split="train", path=str(write(tmp_path)))[1]["x"][0, 0, 0]) == 100
+    other = TokenSpace((), 2, 1000, "another")
+    with TokenWriter(tmp_path, other, shard_rows=4) as writer:
+        for picture in range(5):
+            for variant in range(3):
+                writer.write(key=f"{picture}.png", label=0, indices=indices(9 - picture, variant), extent=(6, 4))
+    shards = TokenShards(split="train", path=str(tmp_path))
+    assert shards.space.fingerprint == "another"
+    assert int(shards[1]["x"][0, 0, 0]) == 800
+
+
+def test_a_worker_maps_the_arrays_itself(tmp_path: Path) -> None:
+    shards = TokenShards(split="train", path=str(write(tmp_path, pictures=9)))
+    sent = pickle.dumps(shards)
+    assert len(sent) < 2000
+    assert isinstance(pickle.loads(sent)._arrays.indices, np.memmap)
+    assert torch.equal(pickle.loads(sent)[3]["x"], shards[3]["x"])
+
+
+def test_no_flipped_byte_of_a_cache_is_silent(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole = [sample["x"] for sample in map(TokenShards(split="train", path=str(write(tmp_path))).sample, range(5))]
+    rng = np.random.default_rng(0)
+    for turn in range(20):
+        (arrays,) = (tmp_path / ".arrays").iterdir()
+        file = sorted(arrays.iterdir())[turn % 4]
+        damaged = bytearray(file.read_bytes())
+        damaged[rng.integers(len(damaged))] ^= int(rng.integers(1, 256))
+        file.write_bytes(damaged)
+        caplog.clear()
+        again = TokenShards(split="train", path=str(tmp_path))
+        assert "it is made anew from its shards" in caplog.text, file
+        assert all(torch.equal(again[index]["x"], whole[index]) for index in range(5))
+
+
+def _open_at(folder: str, moment: float, answers: multiprocessing.Queue) -> None:
+    time.sleep(max(0.0, moment - time.time()))
+    try:
+        shards = TokenShards(split="train", path=folder)
+        answers.put([int(shards[index]["x"][0, 0, 0]) for index in range(len(shards))])
+    except Exception as error:
+        answers.put(repr(error))
+
+
+def test_three_readers_at_once_all_succeed(tmp_path: Path) -> None:
+    write(tmp_path, pictures=200)
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    processes = [context.Process(target=_open_at, args=(str(tmp_path), time.time() + 0.5, answers)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    found = [answers.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    assert found == [[(100 * picture) % 1000 for picture in range(200)]] * 3
+    assert len(list((tmp_path / ".arrays").iterdir())) == 1
+
+
+def test_what_a_killed_reader_left_goes(tmp_path: Path) -> None:
+    write(tmp_path)
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    leftover = tmp_path / ".arrays" / f"building-{HOST}-{dead.pid}-0123abcd"
+    alive = tmp_path / ".arrays" / f"building-{HOST}-{os.getppid()}-0123abcd"
+    leftover.mkdir(parents=True)
+    alive.mkdir()
+    TokenShards(split="train", path=str(tmp_path))
+    assert not leftover.exists()
+    assert alive.exists()
 
 
 def test_splits_are_sub_folders(tmp_path: Path) -> None:

@@ -181,7 +181,14 @@ def test_there_and_back(tmp_path: Path, server: tuple[str, dict[str, bytes]], mo
         tmp_path / "model", "me/mine", evaluation=EVALUATION, pictures=torch.rand(3, 3, 16, 16) * 2 - 1, licence="MIT",
         data="24 photographs", endpoint=address,
     )  # fmt: skip
-    assert sorted(files) == ["README.md", "evaluation.json", "grid.png", "model.safetensors", "recipe.toml"]
+    assert sorted(files) == [
+        "README.md",
+        "checksums.json",
+        "evaluation.json",
+        "grid.png",
+        "model.safetensors",
+        "recipe.toml",
+    ]
     again = tessella.from_pretrained("hf://me/mine", cache=tmp_path / "cache", endpoint=address)
     assert fingerprint(again) == fingerprint(tokenizer)
     card = files["README.md"].decode()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -284,13 +285,21 @@ def test_data_that_changed_is_said_and_must_be_allowed(workspace: Path, caplog: 
     import tessella
     from tessella.errors import ConfigError
 
-    settings = {"out": Path("run"), "device": "cpu", "quiet": True}
-    tessella.train("tiny.toml", overrides=["training.steps=8"], **settings)  # type: ignore[arg-type]
+    settings = {"out": Path("run"), "device": "cpu", "quiet": True, "overrides": ["training.steps=12"]}
+    tessella.train("tiny.toml", **settings)  # type: ignore[arg-type]
+    shutil.rmtree("run/checkpoints/step-00000012")  # as if killed before its end
     (workspace / "pictures/class_0/000.png").unlink()
-    for file in Path("run").rglob("recipe.toml"):
-        file.write_text(file.read_text().replace("steps = 8", "steps = 12"))
-    more = {"overrides": ["training.steps=12"], **settings}
     with pytest.raises(ConfigError, match=r"the data is not what run began with \(.*\); --allow-changed-data"):
-        tessella.train("tiny.toml", **more)  # type: ignore[arg-type]
-    tessella.train("tiny.toml", allow_changed_data=True, **more)  # type: ignore[arg-type]
+        tessella.train("tiny.toml", **settings)  # type: ignore[arg-type]
+    tessella.train("tiny.toml", allow_changed_data=True, **settings)  # type: ignore[arg-type]
     assert "going on all the same" in caplog.text
+
+
+def test_a_run_has_one_writer(workspace: Path) -> None:
+    import tessella
+    from tessella.storage import FolderInUse, lock_folder
+
+    with lock_folder(Path("run"), what="training"), pytest.raises(FolderInUse, match="run is being written by process"):
+        tessella.train("tiny.toml", out=Path("run"), device="cpu", quiet=True)
+    assert not Path("run").exists()
+    tessella.train("tiny.toml", out=Path("run"), overrides=["training.steps=1"], device="cpu", quiet=True)
