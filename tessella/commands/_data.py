@@ -15,6 +15,7 @@ from tessella.data.tokens import MANIFEST
 from tessella.errors import ConfigError
 from tessella.media.base import Medium
 from tessella.registry import Spec, find, names
+from tessella.text import printable
 from tessella.tokenizer import Tokenizer
 
 logger = logging.getLogger("tessella")
@@ -142,7 +143,7 @@ def batches(dataset: Samples, *, whole: bool = False, limit: int | None, title: 
         task = progress.add_task(title, total=total(dataset, limit))
         for batch in evaluation_batches(dataset, batch_size=batch_size, limit=limit):
             for key, reason in batch["skipped"]:
-                logger.warning("skipped %s: %s", key, reason)
+                logger.warning("skipped %s: %s", printable(key), reason)
             budget.count(batch)
             yield batch
             progress.advance(task, len(batch["key"]) + len(batch["skipped"]))

@@ -49,4 +49,4 @@ def push(
     else:
         dataset = open_data(data_of(load(model), None), "test")
         shown = torch.stack([dataset[index]["x"] for index in range(min(_SHOWN, len(dataset)))])
-    return upload(model, repository, evaluation=evaluation, pictures=shown.cpu(), licence=licence, private=private)
+    return upload(model, repository, evaluation=evaluation, signals=shown.cpu(), licence=licence, private=private)

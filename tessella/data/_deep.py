@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import struct
 import zlib
 from typing import Any
@@ -34,13 +35,18 @@ def read_npy(data: bytes, channels: int, max_pixels: int, key: str) -> Array:
     read_header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}.get(version[0])
     if read_header is None:
         raise UnreadableImage(key, f".npy of version {version[0]}")
-    shape, _, kind = read_header(stream)
+    shape, is_fortran, kind = read_header(stream)
     if kind.newbyteorder("=") not in _KINDS:
         raise UnreadableImage(key, f"values of type {kind} have no defined range; accepted are uint8 and uint16")
-    if len(shape) not in (2, 3) or 0 in shape:
+    if len(shape) not in (2, 3) or min(shape) < 1:
         raise UnreadableImage(key, f"an array {list(shape)} is no picture; accepted are [H, W], [H, W, C], [C, H, W]")
-    values: np.ndarray[Any, Any] = np.load(io.BytesIO(data), allow_pickle=False)
-    values = values.astype(kind.newbyteorder("="), copy=False)
+    missing = math.prod(shape) * kind.itemsize - (len(data) - stream.tell())
+    if missing > 0:
+        raise UnreadableImage(key, f"truncated: {missing} bytes are missing")
+    # Not np.load: it sets as much memory aside as the header asks for, whatever follows.
+    flat = np.frombuffer(data, kind, math.prod(shape), stream.tell())
+    values: np.ndarray[Any, Any] = flat.reshape(shape, order="F" if is_fortran else "C")
+    values = values.astype(kind.newbyteorder("="))
     if values.ndim == 2:
         values = values[:, :, None]
     elif values.shape[2] != channels and values.shape[0] == channels:

@@ -14,6 +14,10 @@ class DataError(TessellaError, ValueError):
         return printable(super().__str__())
 
 
+class EmptySplit(DataError):
+    """Data whose samples all belong to the other split."""
+
+
 class UnreadableImage(DataError):
     """One picture that cannot be used: ``key`` names it, ``reason`` says why."""
 

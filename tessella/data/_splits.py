@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Sequence
 
+from tessella.data._errors import EmptySplit
 from tessella.data.base import Split
 
 TRAIN_NAME = "train"
@@ -23,13 +24,13 @@ def held_out_part(keys: Sequence[str], split: Split, share: float) -> list[int]:
     least one is held out, the lowest.
 
     Raises:
-        ValueError: nothing is left for ``split``.
+        EmptySplit: nothing is left for ``split``.
     """
     fractions = [_fraction(key) for key in keys]
     limit = max(share, min(fractions))
     part = [i for i, fraction in enumerate(fractions) if (fraction <= limit) == (split == "test")]
     if not part:
-        raise ValueError(f"no picture is left for split {split!r} of {len(keys)} with held_out={share:g}")
+        raise EmptySplit(f"no picture is left for split {split!r} of {len(keys)} with held_out={share:g}")
     return part
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import numpy as np
 
 from tessella.data.base import Sample, Samples, random_for
+from tessella.registry import Spec
 
 
 class Variants(Samples):
@@ -36,6 +37,10 @@ class Variants(Samples):
     def __len__(self) -> int:
         """The number of rows."""
         return len(self.samples) * self.num_variants
+
+    def identity(self) -> Spec:
+        """That of the pictures."""
+        return {**self.samples.identity(), "count": len(self)}
 
     def sample(self, index: int, rng: np.random.Generator | None = None) -> Sample:
         """The row's view of its picture; another one by ``rng``.

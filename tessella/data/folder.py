@@ -104,7 +104,7 @@ class Folder(ImageDataset):
 
     def identity(self) -> Spec:
         """Their number, and a hash over their paths in the folder and the sizes of the files."""
-        return identity_of((file, file_size(self.path / file)) for file in self._files)
+        return identity_of((file, file_size(f"{self.path}/{file}")) for file in self._files)
 
 
 def _class_folders(roots: set[Path], endings: frozenset[str], found: set[str]) -> set[str]:

@@ -5,17 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 from tessella.data._errors import DataError, UnreadableImage
+from tessella.data._names import identity_of
 from tessella.data._pixels import BitDepth
 from tessella.data._splits import TRAIN_NAME, find_test_name
 from tessella.data.base import UNKNOWN_LABEL, ImageDataset, Picture, Split
 from tessella.extras import require
+from tessella.registry import Spec
+from tessella.text import name_to_text
 
 
 class Hub(ImageDataset):
     """A data set that ``datasets.load_dataset`` finds: downloaded once into its cache, and mapped from there.
 
     The rows of "train" are its split ``train``; those of "test" its ``test``, or else ``val``, ``valid`` or
-    ``validation``. Its own code is never run: repositories that consist of a script are refused by ``datasets``.
+    ``validation``. Its own code is never run: repositories that consist of a script are refused by ``datasets``. Rows
+    hold the pictures' bytes; paths in the place of bytes are not followed.
 
     Args:
         repo: its name, as in ``uoft-cs/cifar10``, or a local folder in the hub's layout.
@@ -68,7 +72,8 @@ class Hub(ImageDataset):
             raise DataError(f"{repo} has no row in split {name!r}")
         self._label_column = label_column or ("label" if "label" in rows.column_names else None)
         self._image_column = image_column
-        self._prefix = f"{repo}/{name}"
+        self._prefix = name_to_text(f"{repo}/{name}")
+        self._size: int = rows.info.splits[name].num_bytes
         # The encoded bytes, not its decoded image: every source of pictures is decoded by the same rules.
         rows = rows.cast_column(image_column, datasets.Image(decode=False))
         self._rows: Any = rows.select_columns([c for c in (image_column, self._label_column) if c is not None])
@@ -79,13 +84,17 @@ class Hub(ImageDataset):
         """The number of rows."""
         return len(self._rows)
 
+    def identity(self) -> Spec:
+        """The number of rows, and a hash over that, their size and the split's name."""
+        return {**identity_of([(f"{self._prefix.rpartition('/')[2]} {len(self)}", self._size)]), "count": len(self)}
+
     def read(self, index: int) -> Picture:
         """The row's picture, its label, and "repo/split:row" as the key."""
         row = self._rows[index]
         key = f"{self._prefix}:{index}"
         image = row[self._image_column]
-        source = image and (image["bytes"] or image["path"])
-        if not source:
-            raise UnreadableImage(key, "the row holds no picture")
+        data = image and image["bytes"]
+        if not data:
+            raise UnreadableImage(key, "the row holds no bytes; paths are not followed")
         label = None if self._label_column is None else row[self._label_column]
-        return Picture(self.decode(source, key), UNKNOWN_LABEL if label is None else label, key)
+        return Picture(self.decode(data, key), UNKNOWN_LABEL if label is None else label, key)

@@ -18,11 +18,14 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from tessella.data._errors import DataError, UnreadableImage
+from tessella.data._names import file_size, identity_of
 from tessella.data._pixels import BitDepth
 from tessella.data.base import ImageDataset, Picture, Split
 from tessella.data.decode import picture_extensions
 from tessella.extras import require
+from tessella.registry import Spec
 from tessella.storage import write_bytes
+from tessella.text import name_to_text
 
 logger = logging.getLogger("tessella")
 
@@ -97,12 +100,18 @@ class LSUN(ImageDataset):
                     f"pictures exported from one; it holds: {_list_names(self.path)}"
                 )
         self._labels = [self.class_names.index(category) for category in wanted]
-        self._parts = [_open_part(found[category, part]) for category in wanted]
+        self._parts = [
+            _open_part(found[category, part], picture_extensions(channels, bit_depth)) for category in wanted
+        ]
         self._starts = list(accumulate(map(len, self._parts), initial=0))
 
     def __len__(self) -> int:
         """The number of pictures."""
         return self._starts[-1]
+
+    def identity(self) -> Spec:
+        """The number of pictures, and a hash over each LMDB's name, number of entries and size, or over all files'."""
+        return {**identity_of(item for part in self._parts for item in part.sizes()), "count": len(self)}
 
     def read(self, index: int) -> Picture:
         """The picture, its category, and "<category>_<train|val>/<name>" as the key."""
@@ -140,6 +149,10 @@ class _Database:
             raise DataError(f"{self.folder} has lost its entry {raw!r}: it changed while it was read")
         return key, data
 
+    def sizes(self) -> list[tuple[str, int]]:
+        """The names and sizes of what holds the pictures."""
+        return [(f"{_exported_name(self.folder)} {len(self)}", file_size(self.folder / _DATA))]
+
     def __getstate__(self) -> dict[str, Any]:
         """Without what is open: a worker process opens it itself."""
         return {**self.__dict__, "_environment": None, "_keys": None}
@@ -148,13 +161,13 @@ class _Database:
 class _Exported:
     """The pictures of one exported folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, endings: frozenset[str]) -> None:
         self.folder = folder
         files: dict[str, str] = {}
         for root, _, names in os.walk(folder, onerror=_raise):
             for name in names:
                 stem, ending = os.path.splitext(name)
-                if not name.startswith(".") and ending.lower() in picture_extensions():
+                if not name.startswith(".") and ending.lower() in endings:
                     file = os.path.join(root, name)
                     if files.setdefault(stem, file) != file:
                         raise DataError(f"{folder} has two pictures of one name: {files[stem]} and {file}")
@@ -168,7 +181,11 @@ class _Exported:
     def entry(self, index: int) -> tuple[str, Path]:
         """The picture's key and file."""
         file = Path(self._files[index])
-        return f"{self.folder.name}/{file.stem}", file
+        return name_to_text(f"{self.folder.name}/{file.stem}"), file
+
+    def sizes(self) -> list[tuple[str, int]]:
+        """The names and sizes of the files."""
+        return [(os.path.relpath(file, self.folder.parent), file_size(file)) for file in self._files]
 
 
 def _raise(error: OSError) -> None:
@@ -240,8 +257,8 @@ def _find_folders(path: Path) -> dict[tuple[str, str], Path]:
     return found
 
 
-def _open_part(folder: Path) -> _Database | _Exported:
-    return _Database(folder) if folder.name.endswith(_LMDB_ENDING) else _Exported(folder)
+def _open_part(folder: Path, endings: frozenset[str]) -> _Database | _Exported:
+    return _Database(folder) if folder.name.endswith(_LMDB_ENDING) else _Exported(folder, endings)
 
 
 def _list_names(path: Path) -> str:

@@ -10,9 +10,11 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from tessella.data._names import file_size, identity_of
 from tessella.data._pixels import MODES
 from tessella.data.base import ImageDataset, Picture, Sample, Split, random_for
 from tessella.data.decode import decode_rgb
+from tessella.registry import Spec
 
 # Class name -> package and the file in it. Of the motorcycle's stereo pair only the left view: both show one scene.
 _FILES = {
@@ -113,6 +115,11 @@ class Photos(ImageDataset):
         pixels = _photograph(name)[box.top : box.bottom, box.left : box.right]
         return Picture(Image.fromarray(pixels).convert(MODES[self.channels]), label, f"{name}:{index}")
 
+    def identity(self) -> Spec:
+        """The number of crops in an epoch, and a hash over the photographs' names and sizes."""
+        files = identity_of((name, file_size(_file(name))) for name in self.class_names)
+        return {**files, "count": len(self)}
+
     def sample(self, index: int, rng: np.random.Generator | None = None) -> Sample:
         """As everywhere, save that training crops without ``rng`` are random ones too, fixed by the index."""
         return super().sample(index, random_for(0, 0, index) if rng is None and self.split == "train" else rng)
@@ -153,6 +160,10 @@ def _size(name: str) -> tuple[int, int]:
 @cache
 def _photograph(name: str) -> np.ndarray[tuple[int, int, int], np.dtype[np.uint8]]:
     """``[H, W, 3]``, decoded once a process."""
+    return np.asarray(decode_rgb(_file(name), name))
+
+
+def _file(name: str) -> Path:
     package, file = _FILES[name]
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
@@ -161,4 +172,4 @@ def _photograph(name: str) -> np.ndarray[tuple[int, int, int], np.dtype[np.uint8
             "pip install 'tessella[data]'",
             name=package,
         )
-    return np.asarray(decode_rgb(Path(spec.submodule_search_locations[0]) / file, name))
+    return Path(spec.submodule_search_locations[0]) / file

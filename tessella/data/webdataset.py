@@ -10,9 +10,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tessella.data._errors import DataError, UnreadableImage
+from tessella.data._names import identity_of
+from tessella.data._pixels import BitDepth
 from tessella.data._splits import TEST_NAMES, TRAIN_NAME, check_share, find_test_name, held_out_part
 from tessella.data.base import UNKNOWN_LABEL, ImageDataset, Picture, Split
-from tessella.data.decode import decode_rgb, picture_extensions
+from tessella.data.decode import picture_extensions
+from tessella.registry import Spec
+from tessella.text import name_to_text
 
 # A label is a small number in a small file; what is larger is none.
 _MOST_LABEL_BYTES = 1 << 16
@@ -34,6 +38,9 @@ class WebDataset(ImageDataset):
         crop_px: side of the square crop in pixels; None keeps whole pictures.
         resize_px: length in pixels that the shorter side is brought to first.
         flip: in training, mirror half of the pictures left to right.
+        channels: 1 grey, 3 RGB, 4 RGBA, or any other number; what becomes of pictures with others says
+            :func:`~tessella.data.decode.decode`.
+        bit_depth: 8, or 16 to keep the levels of 16-bit pictures.
         held_out: the share of samples held out where no file separates them; 1 for all.
 
     Raises:
@@ -49,14 +56,19 @@ class WebDataset(ImageDataset):
         crop_px: int | None = None,
         resize_px: int | None = None,
         flip: bool = False,
+        channels: int = 3,
+        bit_depth: BitDepth = 8,
         held_out: float = 0.05,
     ) -> None:
-        super().__init__(split=split, crop_px=crop_px, resize_px=resize_px, flip=flip)
+        super().__init__(
+            split=split, crop_px=crop_px, resize_px=resize_px, flip=flip, channels=channels, bit_depth=bit_depth
+        )
         check_share(held_out)
         files, separate = _files_of_split(Path(path), split)
         base = Path(path) if Path(path).is_dir() else Path(path).parent
         self._base = base
-        samples = [sample for file in files for sample in _samples(file, base)]
+        endings = picture_extensions(channels, bit_depth)
+        samples = [sample for file in files for sample in _samples(file, base, endings)]
         if not samples:
             raise DataError(f"no picture in {', '.join(map(str, files))}")
         chosen = range(len(samples)) if separate else held_out_part([s.key for s in samples], split, held_out)
@@ -66,10 +78,14 @@ class WebDataset(ImageDataset):
         """The number of samples."""
         return len(self._samples)
 
+    def identity(self) -> Spec:
+        """Their number, and a hash over their keys and the sizes of their pictures."""
+        return identity_of((sample.key, sample.picture.size) for sample in self._samples)
+
     def read(self, index: int) -> Picture:
         """The sample's picture, its label, and "file.tar/name" as the key."""
         sample = self._samples[index]
-        return Picture(decode_rgb(self._bytes(sample, sample.picture), sample.key), self._label(sample), sample.key)
+        return Picture(self.decode(self._bytes(sample, sample.picture), sample.key), self._label(sample), sample.key)
 
     def _label(self, sample: _Sample) -> int:
         if sample.label is None:
@@ -134,9 +150,13 @@ def _files_of_split(path: Path, split: Split) -> tuple[list[Path], bool]:
     return by_split[name], True
 
 
-def _samples(file: Path, base: Path) -> Iterator[_Sample]:
+def _samples(file: Path, base: Path, endings: frozenset[str]) -> Iterator[_Sample]:
     """The samples of a tar file, in its order."""
     relative = file.relative_to(base).as_posix()
+
+    def sample(group: str, picture: _Place, label: _Place | None) -> _Sample:
+        return _Sample(name_to_text(f"{relative}/{group}"), relative, picture, label)
+
     group, picture, label = "", None, None
     for name, place in _members(file):
         folder, _, last = name.rpartition("/")
@@ -144,14 +164,14 @@ def _samples(file: Path, base: Path) -> Iterator[_Sample]:
         member = f"{folder}/{stem}" if folder else stem
         if member != group:
             if picture is not None:
-                yield _Sample(f"{relative}/{group}", relative, picture, label)
+                yield sample(group, picture, label)
             group, picture, label = member, None, None
-        if f".{extension.lower().rpartition('.')[2]}" in picture_extensions() and picture is None:
+        if f".{extension.lower().rpartition('.')[2]}" in endings and picture is None:
             picture = place
         elif extension == "cls" or (extension == "json" and label is None):
             label = place
     if picture is not None:
-        yield _Sample(f"{relative}/{group}", relative, picture, label)
+        yield sample(group, picture, label)
 
 
 def _members(file: Path) -> Iterator[tuple[str, _Place]]:

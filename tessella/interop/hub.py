@@ -153,7 +153,7 @@ def push(
     repo: str,
     *,
     evaluation: Mapping[str, Any],
-    pictures: Tensor,
+    signals: Tensor,
     licence: str | None = None,
     data: str | None = None,
     private: bool = False,
@@ -165,7 +165,7 @@ def push(
         model: folder or run.
         repo: ``owner/name``; made if it does not exist.
         evaluation: the record of ``tessella evaluate``, as its JSON holds it.
-        pictures: ``[B, 3, H, W]`` in [-1, 1]: originals, which a tokenizer is shown to rebuild; or a generator's
+        signals: ``[B, 3, H, W]`` in [-1, 1]: originals, which a tokenizer is shown to rebuild; or a generator's
             samples.
         licence: of the weights; needed unless the recipe's ``[source]`` has it.
         data: what it was trained on, in words; needed unless the recipe has a ``[data]``.
@@ -179,7 +179,7 @@ def push(
     folder = model_folder(model)
     with tempfile.TemporaryDirectory() as scratch:
         stage = Path(scratch)
-        _stage(folder, stage, repo, evaluation, pictures, licence, data)
+        _stage(folder, stage, repo, evaluation, signals, licence, data)
         try:
             api = hub.HfApi(endpoint=endpoint, library_name="tessella")
             address = api.create_repo(repo, private=private, exist_ok=True)

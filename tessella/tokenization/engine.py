@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -26,7 +27,7 @@ from tessella.tokenization.plan import Output, Plan, Record
 from tessella.tokenization.progress import shown
 from tessella.tokenization.ranks import Ranks
 from tessella.tokenization.source import AnySplit, open_source
-from tessella.tokenization.unit import Job
+from tessella.tokenization.unit import Job, device_of
 from tessella.tokenizer import Tokenizer
 
 logger = logging.getLogger("tessella")
@@ -115,8 +116,9 @@ def tokenize_dataset(
             raise ConfigError(f"{name} must be at least {least}, got {value}")
     if not 0 <= max_skip_share <= 1:
         raise ConfigError(f"max_skip_share must be in [0, 1], got {max_skip_share}")
-    chosen = _device(device)
-    tokenizer = load(tokenizer_path, device=chosen)
+    elsewhere = bool(workers) or engine == "ray"
+    chosen = _device(device, check=engine == "local")
+    tokenizer = load(tokenizer_path, device="cpu" if elsewhere else chosen)
     source = open_source(data, split, variants=variants, whole=whole)
     medium = _medium(tokenizer, data)
     plan = Plan.of(source, tokenizer.token_space(), medium, limit=limit, shard_rows=shard_rows)
@@ -153,7 +155,8 @@ def _make(
         mine: list[Record] = []
         bar = shown(done, job.plan.num_inputs, unit) if ranks.first else nullcontext(_ignore)
         with bar as advance:
-            for record in executor.run(job, ranks.share(missing), advance) if missing else ():
+            # The other ranks do not report; they are taken to be as fast.
+            for record in executor.run(job, ranks.share(missing), lambda more: advance(more * ranks.size)):
                 mine.append(record)
                 _judge([*there, *mine], job.plan, max_skip_share, least=_LEAST_TO_JUDGE)
         made = [record for part in ranks.gather(mine) for record in part]
@@ -213,10 +216,16 @@ def _medium(tokenizer: Tokenizer, data: Spec) -> Spec:
     return medium
 
 
-def _device(name: str | None) -> str:
-    if name is not None:
-        return name
-    return str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+def _device(name: str | None, *, check: bool) -> str:
+    """The device called ``name``, or the accelerator there is; of several of a kind each rank takes its own."""
+    if name is None:
+        name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    if check:
+        try:
+            torch.empty(0, device=name)
+        except (RuntimeError, AssertionError) as error:
+            raise ConfigError(f"device {name!r} cannot be used here: {error}") from error
+    return device_of(name, int(os.environ["LOCAL_RANK"])) if "LOCAL_RANK" in os.environ else name
 
 
 def _ignore(done: int) -> None:

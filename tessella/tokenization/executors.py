@@ -7,7 +7,7 @@ import os
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any, cast
@@ -15,7 +15,7 @@ from typing import Any, cast
 from tessella.errors import TessellaError
 from tessella.processes import end_with_parent, leave_signals_to_parent
 from tessella.tokenization.plan import Record
-from tessella.tokenization.unit import Job, Worker
+from tessella.tokenization.unit import Job, Worker, device_of
 from tessella.tokenizer import Tokenizer
 
 # Shards that a worker knows of at once: the one it is at, and the next, which it reads ahead of.
@@ -68,7 +68,8 @@ class LocalProcesses(Executor):
             TessellaError: whatever else a worker found wrong.
         """
         waiting = deque(numbers)
-        workers = [_start(job) for _ in range(min(self.workers, len(numbers)))]
+        count = min(self.workers, len(numbers))
+        workers = [_start(replace(job, device=device_of(job.device, number))) for number in range(count)]
         try:
             for worker in workers * _OUTSTANDING:
                 worker.give(waiting)

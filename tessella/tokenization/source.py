@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_right
 from itertools import accumulate
 from typing import Literal, cast, get_args
@@ -9,6 +10,7 @@ from typing import Literal, cast, get_args
 import numpy as np
 
 from tessella.config import build_section
+from tessella.data._errors import EmptySplit
 from tessella.data.base import Sample, Samples, Split, random_for
 from tessella.errors import ConfigError
 from tessella.registry import Spec, find
@@ -62,7 +64,8 @@ class Source:
 
     def describe(self) -> Spec:
         """What was read, so that another data set, or a changed one, is told apart."""
-        return {"data": self.section, "parts": [part.identity() for part in self.parts]}
+        plain: Spec = json.loads(json.dumps(self.section, default=str))  # a path may be a Path
+        return {"data": plain, "parts": [part.identity() for part in self.parts]}
 
     def sample(self, index: int, variant: int) -> Sample:
         """One row's view of the input ``index``.
@@ -96,5 +99,12 @@ def open_source(section: Spec, split: AnySplit, *, variants: int = 0, whole: boo
             raise ConfigError(f"data set '{section['name']}' has no whole signals, only windows of a fixed size")
         section = {key: value for key, value in section.items() if key not in windows}
     chosen: tuple[Split, ...] = get_args(Split) if split == "all" else (split,)
-    parts: list[Samples] = [build_section({"data": section}, "data", split=part) for part in chosen]
+    parts: list[Samples] = []
+    for part in chosen:
+        try:
+            parts.append(build_section({"data": section}, "data", split=part))
+        except ConfigError as error:
+            # Of a single picture nothing is left to train on: all of the data is then what is held out.
+            if split != "all" or not isinstance(error.__cause__, EmptySplit) or (part == chosen[-1] and not parts):
+                raise
     return Source(parts, section=section, split=split, variants=variants, whole=whole)

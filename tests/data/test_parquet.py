@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import random
 import sys
 from pathlib import Path
 
@@ -154,6 +155,59 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     write_levels(file, range(0))
     with pytest.raises(DataError, match=r"no row in .*test-0\.parquet"):
         Parquet(tmp_path, split="test")
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {b"huggingface": b"[1]"},
+        {b"huggingface": b"{"},
+        {b"huggingface": b'{"info": {"features": {"label": {"names": 7}}}}'},
+        {b"huggingface": b'{"info": {"features": {"label": {"names": [7]}}}}'},
+        {b"huggingface": b'{"info": null}'},
+        {b"huggingface": b"\xff\xfe"},
+        {b"class_names": b"\xff\xfe"},
+    ],
+)
+def test_odd_metadata_name_the_file(tmp_path: Path, metadata: dict) -> None:
+    write_levels(tmp_path / "test-0.parquet", range(2), metadata)
+    with pytest.raises(DataError, match=r"test-0\.parquet: the class names in its metadata cannot be read: "):
+        Parquet(tmp_path, split="test")
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    image, label = pa.array([png(1)]), pa.array([0])
+    for names in (["image", "image", "label"], ["image", "label", "label"]):
+        columns = [image if name == "image" else label for name in names]
+        pq.write_table(pa.Table.from_arrays(columns, names=names), tmp_path / "test.parquet")
+        with pytest.raises(DataError, match=rf"test\.parquet has 2 columns '{names[1]}'"):
+            Parquet(tmp_path, split="test")
+
+
+def test_a_label_that_is_too_large_is_refused(tmp_path: Path) -> None:
+    table = pa.table({"image": [png(1)], "label": pa.array([2**63], pa.uint64())})
+    pq.write_table(table, tmp_path / "test.parquet")
+    assert Parquet(tmp_path, split="test").read(0).label == 2**63
+    assert len(Parquet(tmp_path, split="test").identity()["hash"]) == 32
+
+
+def test_a_damaged_file_raises_nothing_else(tmp_path: Path) -> None:
+    file = tmp_path / "test-0.parquet"
+    write_levels(file, range(9), {"class_names": "a\nb"})
+    whole = file.read_bytes()
+    rng = random.Random(0)
+    refused = 0
+    for _ in range(150):
+        damaged = bytearray(whole)
+        damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        file.write_bytes(damaged if rng.random() < 0.7 else whole[: rng.randrange(len(whole))])
+        try:
+            dataset = Parquet(tmp_path, split="test")
+            for index in range(len(dataset)):
+                dataset.read(index)
+        except DataError:
+            refused += 1
+    assert refused > 60
 
 
 def test_files_that_differ_are_named(tmp_path: Path) -> None:

@@ -42,6 +42,12 @@ def test_members_called_alike_are_a_sample(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert [picture.image.getpixel((0, 0)) for picture in pictures] == [(v, v, v) for v in (0, 51, 255, 102)]
     assert data[2]["x"].shape == (3, 4, 6)
+    assert data.identity()["count"] == 4
+    grey = WebDataset(tmp_path / "x.tar", split="test", held_out=1.0, channels=1)
+    assert grey[1]["x"].shape == (1, 4, 6)
+    assert grey[1]["x"][0, 0, 0].item() == pytest.approx(51 / 127.5 - 1)
+    write_tar(tmp_path / "x.tar", {**members, "004.png": png(102) + b" "})
+    assert WebDataset(tmp_path / "x.tar", split="test", held_out=1.0).identity() != data.identity()
 
 
 def test_splits_by_file_name_or_by_hash(tmp_path: Path) -> None:

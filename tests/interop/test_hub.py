@@ -178,7 +178,7 @@ def test_there_and_back(tmp_path: Path, server: tuple[str, dict[str, bytes]], mo
     tokenizer = tiny_tokenizer()
     tokenizer.save(tmp_path / "model")
     push(
-        tmp_path / "model", "me/mine", evaluation=EVALUATION, pictures=torch.rand(3, 3, 16, 16) * 2 - 1, licence="MIT",
+        tmp_path / "model", "me/mine", evaluation=EVALUATION, signals=torch.rand(3, 3, 16, 16) * 2 - 1, licence="MIT",
         data="24 photographs", endpoint=address,
     )  # fmt: skip
     assert sorted(files) == [

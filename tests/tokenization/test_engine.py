@@ -92,6 +92,13 @@ def test_split_and_limit(work: Path) -> None:
     assert [row.key for row in read_tokens(work / "first")] == keys["all"][:11]
 
 
+def test_all_of_a_single_picture(work: Path) -> None:
+    write_pictures(work / "one", 1)
+    assert run(work, data=section(work, path=work / "one")).num_rows == 1
+    with pytest.raises(ConfigError, match="no picture is left for split 'train'"):
+        run(work, "train", data=section(work, path=str(work / "one")), split="train")
+
+
 def test_variants_are_views_of_training_epochs(work: Path) -> None:
     run(work, variants=3, shard_rows=9)
     rows = list(read_tokens(work / "out"))
@@ -280,7 +287,8 @@ def test_a_full_disk_is_named_and_costs_nothing_that_was_done(work: Path, monkey
     [
         ({"limit": 0}, "limit must be at least 1"), ({"workers": -1}, "workers must be at least 0"),
         ({"max_skip_share": 2}, r"max_skip_share must be in \[0, 1\]"), ({"engine": "spark"}, "'local' or 'ray'"),
-        ({"split": "val"}, "one of train, test, all"), ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"split": "val"}, "one of train, test, all"),
+        ({"device": "abacus"}, "'abacus' cannot be used here"), ({"batch_size": 0}, "batch_size must be at least 1"),
     ],
 )  # fmt: skip
 def test_wrong_arguments_leave_nothing(work: Path, wrong: dict[str, Any], message: str) -> None:
