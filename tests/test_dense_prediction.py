@@ -131,6 +131,8 @@ def test_what_predict_refuses(tmp_path: Path) -> None:
         tessella.predict(run, [tmp_path / "p/class_0/000.png", tmp_path / "p/class_0"])
     with pytest.raises(ConfigError, match="name at least one file"):
         tessella.predict(run, [])
+    with pytest.raises(ConfigError, match="draws nothing of its own: it reads files, see tessella predict"):
+        tessella.sample(run)
     with pytest.raises(ConfigError, match="temperature must be at least 0"):
         tessella.predict(run, [tmp_path / "p/class_0"], temperature=-1)
 

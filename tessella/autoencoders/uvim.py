@@ -198,7 +198,12 @@ def _resized(features: Tensor, side: int) -> Tensor:
     """``[B, side, side, E]`` of ``features [B, h, w, E]``: bilinear, and antialiased where it gets smaller."""
     if features.shape[1:3] == (side, side):
         return features
+    # In single precision: torch antialiases nothing less on the CPU.
     resized = functional.interpolate(
-        features.movedim(-1, 1), size=(side, side), mode="bilinear", align_corners=False, antialias=True
+        _single(features).movedim(-1, 1), size=(side, side), mode="bilinear", align_corners=False, antialias=True
     )
-    return resized.movedim(1, -1)
+    return resized.movedim(1, -1).to(features.dtype)
+
+
+def _single(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

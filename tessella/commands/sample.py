@@ -65,6 +65,8 @@ def sample(
     """
     settings = settings or SampleSettings()
     generator, tokenizer = load_generator(model, device=pick_device(device))
+    if tokenizer.autoencoder.takes_context:
+        raise ConfigError(f"{model} draws nothing of its own: it reads files, see tessella predict")
     medium = medium_of(tokenizer)
     labels = labels_of(generator, classes, count)
     check_options(generator, settings.options)

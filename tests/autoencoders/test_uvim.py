@@ -133,6 +133,29 @@ def test_resizing_to_fewer_codes_is_antialiased() -> None:
     torch.testing.assert_close(_resized(torch.full((1, 2, 2, 3), 0.7), 4), torch.full((1, 4, 4, 3), 0.7))
 
 
+def test_stays_in_half_precision_and_runs_under_autocast() -> None:
+    model = lively(tiny())
+    x, picture = label_and_picture()
+    expected = model.decode(model.encode(x, picture), picture)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (model.decode(model.encode(x, picture), picture).float() - expected).abs().max() < 0.1
+    model = model.bfloat16()
+    assert model.decode(model.encode(x, picture.bfloat16()), picture.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.slow
+def test_is_one_graph() -> None:
+    torch._dynamo.reset()
+    model = lively(tiny())
+    x, picture = label_and_picture()
+
+    def run() -> Tensor:
+        return model.decode(model.encode(x, picture), picture)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(), run())
+
+
 def test_is_found_by_its_name() -> None:
     model = tiny()
     again = build("autoencoders", spec_of(model))
