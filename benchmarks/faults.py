@@ -3,11 +3,16 @@
     OMP_NUM_THREADS=1 python benchmarks/faults.py --kills 60 [--only train sample save]
 
 Training: a run of 60 steps, with everything on that has a state and two workers, is killed by SIGKILL, SIGTERM or
-SIGINT, the process alone or its whole group, at a random moment, started again and killed again until it is through;
-its final weights and training state must be those of an undisturbed run, bit for bit. Sampling: the same of 200 samples,
-whose files must be those of an undisturbed call. Saving: a process that saves one model over another again and again is
-killed; what is under the name must load as one of the two. No process may be left, and no temporary file stay after the
-next write. Tokenization and flipped bytes have scripts of their own: faults_tokenize.py, flips.py.
+SIGINT, the process alone or its whole group, at a random moment, and started again until it is through; its final
+weights and training state must be those of an undisturbed run, bit for bit.
+
+Sampling: the same of 200 samples, whose files must be those of an undisturbed call.
+
+Saving: a process that saves one model over another again and again is killed; what is under the name must load as one
+of the two.
+
+No process may be left, and no temporary file after the next write. Tokenization and flipped bytes have scripts of
+their own: faults_tokenize.py, flips.py.
 """
 
 from __future__ import annotations
