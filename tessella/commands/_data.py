@@ -10,7 +10,7 @@ from typing import cast
 
 from tessella.config import build, build_section
 from tessella.data.base import Batch, Samples, SkipBudget, Split
-from tessella.data.loader import evaluation_batches
+from tessella.data.loader import ahead, evaluation_batches
 from tessella.data.tokens import MANIFEST
 from tessella.errors import ConfigError
 from tessella.media.base import Medium
@@ -143,7 +143,8 @@ def batches(dataset: Samples, *, whole: bool = False, limit: int | None, title: 
     batch_size = 1 if whole and not dataset.pads else _BATCH
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(title, total=total(dataset, limit))
-        for batch in evaluation_batches(dataset, batch_size=batch_size, limit=limit):
+        # Read in a thread while the model works: Pillow and numpy let it.
+        for batch in ahead(evaluation_batches(dataset, batch_size=batch_size, limit=limit)):
             for key, reason in batch["skipped"]:
                 logger.warning("skipped %s: %s", printable(key), reason)
             budget.count(batch)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import atexit
 import functools
 import os
+import queue
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -17,6 +19,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from tessella.data.base import Batch, DataError, Sample, Samples, UnreadableImage, list_skipped, random_for
 from tessella.processes import end_with_parent, leave_signals_to_parent
+
+_AHEAD = 3  # batches that wait while one is used
+_WAIT_SEC = 0.2
+
+T = TypeVar("T")
 
 # A run of so many unreadable samples is no accident: the search for a replacement ends.
 _MAX_UNREADABLE_RUN = 1000
@@ -151,6 +158,41 @@ def evaluation_batches(
     length = len(dataset) if limit is None else min(limit, len(dataset))
     ranges = [range(start, min(start + batch_size, length)) for start in range(0, length, batch_size)]
     return _without_empty(_load(_EvaluationView(dataset), ranges, num_workers))
+
+
+def ahead(items: Iterator[T], depth: int = _AHEAD) -> Iterator[T]:
+    """The same items, made in a thread while those before them are used; its exceptions arrive in their place."""
+    ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
+    stopped = threading.Event()
+
+    def offer(item: T | None, error: BaseException | None) -> None:
+        while not stopped.is_set():
+            try:
+                return ready.put((item, error), timeout=_WAIT_SEC)
+            except queue.Full:
+                continue
+
+    def produce() -> None:
+        try:
+            for item in items:
+                offer(item, None)
+                if stopped.is_set():
+                    return
+            offer(None, None)
+        except BaseException as error:
+            offer(None, error)
+
+    threading.Thread(target=produce, name="reader", daemon=True).start()
+    try:
+        while True:
+            item, error = ready.get()
+            if error is not None:
+                raise error
+            if item is None:
+                return
+            yield item
+    finally:
+        stopped.set()
 
 
 def _load(view: _View, indices: Iterable[Any], num_workers: int) -> Iterator[Batch]:

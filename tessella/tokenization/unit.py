@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,15 +16,12 @@ from tessella.checkpoint import fingerprint, load
 from tessella.data._timing import measured
 from tessella.data._token_rows import Rows, flaw_of
 from tessella.data.base import DataError, Sample, UnreadableImage
+from tessella.data.loader import ahead
 from tessella.tokenization.plan import Output, Plan, Record
 from tessella.tokenization.source import Source
 from tessella.tokenizer import Tokenizer
 
-T = TypeVar("T")
-
 # Batches that are read before the model asks for them.
-_AHEAD = 3
-_WAIT_SEC = 0.2
 
 # Of signals that have no common size, a batch ends here: 256 MB.
 _MOST_VALUES = 2**26
@@ -219,38 +214,3 @@ def _alike(samples: list[Sample]) -> list[list[int]]:
 def _stack(values: list[Tensor]) -> Tensor:
     # In numpy, hence in one thread: torch would wait for threads that a busy machine lets start late.
     return torch.from_numpy(np.stack([value.numpy() for value in values]))
-
-
-def ahead(items: Iterator[T], depth: int = _AHEAD) -> Iterator[T]:
-    """The same items, made in a thread while those before them are used; its exceptions arrive in their place."""
-    ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
-    stopped = threading.Event()
-
-    def offer(item: T | None, error: BaseException | None) -> None:
-        while not stopped.is_set():
-            try:
-                return ready.put((item, error), timeout=_WAIT_SEC)
-            except queue.Full:
-                continue
-
-    def produce() -> None:
-        try:
-            for item in items:
-                offer(item, None)
-                if stopped.is_set():
-                    return
-            offer(None, None)
-        except BaseException as error:
-            offer(None, error)
-
-    threading.Thread(target=produce, name="reader", daemon=True).start()
-    try:
-        while True:
-            item, error = ready.get()
-            if error is not None:
-                raise error
-            if item is None:
-                return
-            yield item
-    finally:
-        stopped.set()
