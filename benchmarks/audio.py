@@ -32,15 +32,16 @@ from tessella.autoencoders.vocos import Vocos
 RATE = 24_000
 RECIPE = "simvq_audio_4k"
 
-_STREAM = """
-import resource, sys, torch, tessella
+_STREAM = r"""
+import re, sys, torch, tessella
+from pathlib import Path
 tokenizer = tessella.build("simvq_audio_small").eval()
 piece = 0.1 * torch.randn(1, 1, 24_000)
 stream = tokenizer.stream()
 count = 0
 for x_hat in stream.decode(stream.encode(piece for _ in range(int(sys.argv[1])))):
     count += x_hat.shape[-1]
-print(count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+print(count, int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024)
 """
 
 
