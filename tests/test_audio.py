@@ -13,7 +13,7 @@ import torch
 for package in ("pesq", "pystoi", "soxr", "soundfile"):
     pytest.importorskip(package, reason=f"{package} (the extra 'audio') is missing")
 
-from sounds import write_speech  # noqa: E402
+from sounds import write, write_speech  # noqa: E402
 
 import tessella  # noqa: E402
 from tessella.data.audio_folder import AudioFolder  # noqa: E402
@@ -141,6 +141,26 @@ def test_evaluation_and_report(run: Path) -> None:
     assert page.count("<audio controls") >= 2
     assert "media-src data:" in page
     assert (run / "original-01.wav").read_bytes()[:4] == b"RIFF"
+
+
+@pytest.mark.parametrize("rate", [8000, 12000])
+def test_files_go_through_in_pieces(run: Path, tmp_path: Path, rate: int) -> None:
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, 25 * rate).astype(np.float32)
+    write(tmp_path / "long.flac", noise, rate)
+    medium, tokenizer = Audio(sample_rate=8000), tessella.load(run)
+    pieces = list(medium.read_pieces(tmp_path / "long.flac"))
+    whole = medium.read(tmp_path / "long.flac")
+    assert len(pieces) == 3
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=0, atol=1e-4)
+    stream = tokenizer.stream()
+    indices = list(stream.encode(piece[None] for piece in medium.read_pieces(tmp_path / "long.flac")))
+    assert torch.equal(torch.cat(indices, 1), tokenizer.encode(torch.cat(pieces, 1)[None], pad=True))
+    medium.write_pieces((x_hat[0] for x_hat in stream.decode(indices)), tmp_path / "back.wav")
+    back = medium.read(tmp_path / "back.wav")
+    assert back.shape == whole.shape
+    medium.write(torch.cat([x_hat[0] for x_hat in stream.decode(indices)], 1), tmp_path / "at_once.wav")
+    assert (tmp_path / "back.wav").read_bytes() == (tmp_path / "at_once.wav").read_bytes()
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_the_medium_reads_what_it_writes(tmp_path: Path) -> None:

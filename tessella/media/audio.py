@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import io
 import wave
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tessella.data.sound import open_sound
+from tessella.data.sound import open_sound, sound_chunks
 from tessella.errors import ConfigError
 from tessella.evaluation.base import Metrics
 from tessella.evaluation.speech import SpeechMetrics, mel_distances
@@ -20,7 +20,7 @@ from tessella.media.base import Medium
 from tessella.reporting.page import Card, Gallery, Section, Tile
 from tessella.reporting.pictures import png, token_maps
 from tessella.reporting.sound import spectrogram, token_strip, waveform
-from tessella.storage import write_bytes
+from tessella.storage import write_bytes, write_errors
 
 _PCM_16 = 32767
 
@@ -62,6 +62,23 @@ class Audio(Medium):
     def write(self, x: Tensor, path: Path) -> None:
         """Clamped to [-1, 1] and rounded to 16 bits."""
         write_bytes(path, wav(x, self.sample_rate))
+
+    def read_pieces(self, path: Path) -> Iterator[Tensor]:
+        """:meth:`read`, some ten seconds ``[C, T']`` at a time, of files of any length."""
+        for samples in sound_chunks(path, self.sample_rate):
+            yield torch.from_numpy(np.clip(samples, -1, 1))[None].expand(self.channels, -1)
+
+    def write_pieces(self, pieces: Iterable[Tensor], path: Path) -> None:
+        """:meth:`write` of pieces ``[C, T']``, as they come."""
+        temporary = path.with_name(f".{path.name}.tmp")
+        with write_errors(path, temporary):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with temporary.open("wb") as stream:
+                    _write_wav(stream, pieces, self.channels, self.sample_rate)
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
 
     def metrics(self, *, weights: Path | None = None, **options: Any) -> Metrics:
         """Of speech, see :class:`~tessella.evaluation.speech.SpeechMetrics`.
@@ -127,14 +144,19 @@ class Audio(Medium):
 
 def wav(x: Tensor, sample_rate: int) -> bytes:
     """The 16-bit WAV file of ``x [C, T]`` in [-1, 1]; what is beyond is clamped."""
-    levels = (x.detach().float().cpu().clamp(-1, 1) * _PCM_16).round().to(torch.int16)
     stream = io.BytesIO()
+    _write_wav(stream, [x], len(x), sample_rate)
+    return stream.getvalue()
+
+
+def _write_wav(stream: BinaryIO, pieces: Iterable[Tensor], channels: int, sample_rate: int) -> None:
     with wave.open(stream, "wb") as file:
-        file.setnchannels(len(x))
+        file.setnchannels(channels)
         file.setsampwidth(2)
         file.setframerate(sample_rate)
-        file.writeframes(levels.T.contiguous().numpy().astype("<i2").tobytes())
-    return stream.getvalue()
+        for x in pieces:
+            levels = (x.detach().float().cpu().clamp(-1, 1) * _PCM_16).round().to(torch.int16)
+            file.writeframes(levels.T.contiguous().numpy().astype("<i2").tobytes())
 
 
 def _explanation(indices: Tensor, seconds: float) -> str:
