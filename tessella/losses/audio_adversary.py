@@ -156,7 +156,7 @@ class Balancer(nn.Module):
         """A loss ``[]`` whose gradient at ``x_hat [B, C, T]`` is G; its value says nothing.
 
         Args:
-            losses: some or all of those that have weights, as functions of ``x_hat``, before weighting.
+            losses: some or all of those that have weights, as functions of ``x_hat``; their scale has no part.
             x_hat: with its graph.
         """
         pull = torch.zeros_like(x_hat)
