@@ -121,7 +121,7 @@ BUGS = [
     Bug("SimVQ codes under autocast", "quantizers/simvq.py", "with torch.autocast(weight.device.type, enabled=False):", "with torch.autocast(weight.device.type, enabled=torch.is_autocast_enabled(weight.device.type)):"),
     Bug("residual not detached", "quantizers/residual.py", "code = out.z_q.detach()", "code = out.z_q"),
     Bug("residual loss summed", "quantizers/residual.py", "torch.stack(losses).mean()", "torch.stack(losses).sum()"),
-    Bug("residual stages see z", "quantizers/residual.py", "residual, total = residual - code, total + code", "total = total + code"),
+    Bug("residual stages see z", "quantizers/residual.py", "residual = residual - code", "residual = residual"),
     Bug("residual decodes the first stage twice", "quantizers/residual.py", "indices[..., k : k + 1]", "indices[..., k - 1 : k]"),
     Bug("residual stages share their codes", "quantizers/base.py", "return self.fresh_copy() if stage else self", "return self"),
     Bug("residual bits not scaled", "quantizers/lfq.py", "other.scale = self.scale * 2.0**-stage", "pass"),
