@@ -91,8 +91,8 @@ def kernels(settings: Settings) -> dict[str, Any]:
             part @ codebook.detach().T
 
     def step() -> None:
-        z_q, _, entropy, _ = index_backprop(z, codebook, temperature=0.01)
-        (z_q.square().mean() + entropy).backward()
+        z_q, _, loss, _ = index_backprop(z, codebook)
+        (z_q.square().mean() + loss).backward()
         z.grad = codebook.grad = None
 
     found: dict[str, Any] = {"N, V, D": (n, v, d), "product_sec": settings.seconds(product)}
