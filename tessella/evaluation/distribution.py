@@ -1,4 +1,4 @@
-"""How far one set of pictures is from another: Frechet distance, Inception-style score, precision and recall.
+"""How far one set of pictures is from another: Frechet distance, Inception-style score, precision and recall, ...
 
 Every number comes as a record: with an interval, the feature network and the hash of its weights, the resize rule, the
 pixels it saw, both sets and their sizes. Numbers compare only where all of these agree.
