@@ -259,7 +259,8 @@ def test_evaluation_and_report(trained: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("XDG_CACHE_HOME", str(trained.parent / "cache"))
     assert run(monkeypatch, "evaluate", "run", "--samples", "12", "--split", "train") == 0
     record = json.loads((trained / "samples-efflite0.json").read_text())
-    assert set(record["values"]) == {"FD-EffLite0", "IS-EffLite0", "precision-EffLite0", "recall-EffLite0"}
+    names = ("FD", "IS", "precision", "recall", "KD", "density", "coverage")
+    assert set(record["values"]) == {f"{name}-EffLite0" for name in names}
     assert record["samples"]["num_images"] == 12
     assert record["sampling"]["temperature"] == 1.0
     assert record["rates"]["tokens_per_second"] == pytest.approx(16 * record["rates"]["samples_per_second"])

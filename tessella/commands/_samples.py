@@ -81,7 +81,10 @@ def evaluate_samples(
     against: Features | ReferenceStatistics
     metrics: tuple[Metric, ...] = ("frechet", "score")
     if reference is None:
-        against, metrics = features_of(dataset, network, limit), (*metrics, "precision_recall")
+        against, metrics = (
+            features_of(dataset, network, limit),
+            (*metrics, "precision_recall", "kernel", "density_coverage"),
+        )
     else:
         against = reference_of(reference, tokenizer, network, data=data, whole=False, limit=limit)
     drawn = _Drawn(generator, tokenizer, labels, count, settings)

@@ -1,4 +1,4 @@
-"""How far one set of pictures is from another: Frechet distance, Inception-style score, precision and recall.
+"""How far one set of pictures is from another: Frechet distance, Inception-style score, precision and recall, ...
 
 Every number comes as a record: with an interval, the feature network and the hash of its weights, the resize rule, the
 pixels it saw, both sets and their sizes. Numbers compare only where all of these agree.
@@ -29,7 +29,8 @@ from tessella.evaluation.features import (
     pictures_of,
 )
 from tessella.evaluation.frechet import frechet_distance, resampled_frechet, statistics_of
-from tessella.evaluation.manifold import precision_recall
+from tessella.evaluation.kernel import subset_distances
+from tessella.evaluation.manifold import density_coverage, precision_recall
 from tessella.evaluation.reference import ReferenceStatistics
 from tessella.evaluation.score import inception_score, resampled_score
 from tessella.storage import write_text
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("tessella")
 
-Metric = Literal["frechet", "score", "precision_recall"]
+Metric = Literal["frechet", "score", "precision_recall", "kernel", "density_coverage"]
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,12 @@ class DistributionSettings:
     """How sets of features are compared; stored in the record.
 
     Attributes:
-        metrics: which ones: ``frechet``, ``score``, ``precision_recall``.
+        metrics: which ones: ``frechet``, ``score``, ``precision_recall``, ``kernel``, ``density_coverage``.
         num_splits: of the Inception-style score.
         k: neighbour that gives the radii of precision and recall.
+        density_k: the same of density and coverage.
+        num_subsets: of the kernel distance, which is their mean.
+        subset_size: points of each at most.
         num_resamples: of the bootstrap; 0 gives no intervals.
         confidence: of the intervals.
         seed: of the bootstrap, and of the order that the score's splits are made in.
@@ -60,6 +64,9 @@ class DistributionSettings:
     metrics: tuple[Metric, ...] = ("frechet", "score")
     num_splits: int = 10
     k: int = 3
+    density_k: int = 5
+    num_subsets: int = 100
+    subset_size: int = 1000
     num_resamples: int = 100
     confidence: float = 0.95
     seed: int = 0
@@ -72,6 +79,11 @@ class DistributionSettings:
             raise ValueError(f"num_resamples must be 0 or at least 2, got {self.num_resamples}")
         if not 0 < self.confidence < 1:
             raise ValueError(f"confidence must be above 0 and below 1, got {self.confidence}")
+        if min(self.density_k, self.num_subsets) < 1 or self.subset_size < 2:
+            raise ValueError(
+                "density_k and num_subsets must be at least 1 and subset_size at least 2, got "
+                f"{self.density_k}, {self.num_subsets} and {self.subset_size}"
+            )
         if self.num_splits < 1 or self.k < 1:
             raise ValueError(f"num_splits and k must be at least 1, got {self.num_splits} and {self.k}")
 
@@ -153,8 +165,14 @@ class DistributionRecord:
             "samples, shuffled by the seed",
             name("precision"): f"share of samples within the {settings.k}-nearest-neighbour balls of the reference",
             name("recall"): f"share of the reference within the {settings.k}-nearest-neighbour balls of the samples",
-            "interval": "spread over bootstrap resamples about the value, their bias removed: of the samples (recall: "
-            "of the reference, the samples' balls fixed; precision: the reference's balls fixed)",
+            name("kernel"): "squared maximum mean discrepancy of pooled features, unbiased, kernel (x.y / D + 1)^3; "
+            f"mean over {settings.num_subsets} subsets of at most {settings.subset_size} pictures; its interval is the "
+            "spread of single subsets",
+            name("density"): f"mean number of the reference's {settings.density_k}-nearest-neighbour balls that a "
+            f"sample is in, over {settings.density_k}",
+            name("coverage"): f"share of the reference's {settings.density_k}-nearest-neighbour balls with a sample",
+            "interval": "spread over bootstrap resamples about the value, their bias removed: of the samples (recall, "
+            "coverage: of the reference; all balls as they were, and for coverage the samples too)",
         }
         return {key: text for key, text in words.items() if key in self.values or key == "interval"}
 
@@ -246,9 +264,10 @@ def _check_serves(reference: object, settings: DistributionSettings) -> None:
     needed = [metric for metric in settings.metrics if metric != "score"]
     if reference is None and needed:
         raise ValueError(f"{' and '.join(needed)} need a reference, and reference is None")
-    if isinstance(reference, ReferenceStatistics) and "precision_recall" in needed:
+    beyond = [metric for metric in needed if metric != "frechet"]
+    if isinstance(reference, ReferenceStatistics) and beyond:
         raise ValueError(
-            "precision_recall needs the reference's pictures or features; its mean and covariance do not do"
+            f"{' and '.join(beyond)}: needs the reference's pictures or features; its mean and covariance do not do"
         )
 
 
@@ -299,7 +318,15 @@ def _compare(
         assert isinstance(reference, Features)  # see _check_serves
         coverage = precision_recall(samples.pool, reference.pool, settings.k)
         for metric, inside in (("precision", coverage.precise), ("recall", coverage.recalled)):
-            values[name(metric)] = _share(inside, settings, rng)
+            values[name(metric)] = _mean(inside, settings, rng, most=1.0)
+    if "kernel" in settings.metrics:
+        assert isinstance(reference, Features)  # see _check_serves
+        values[name("kernel")] = _kernel(samples.pool, reference.pool, settings, rng)
+    if "density_coverage" in settings.metrics:
+        assert isinstance(reference, Features)  # see _check_serves
+        near = density_coverage(samples.pool, reference.pool, settings.density_k)
+        values[name("density")] = _mean(near.densities, settings, rng)
+        values[name("coverage")] = _mean(near.covered, settings, rng, most=1.0)
     return DistributionRecord(
         values, network.describe(), samples.pictures, about, settings, time.perf_counter() - started
     )
@@ -354,11 +381,17 @@ def _shuffled_score(logits: Tensor, settings: DistributionSettings, rng: torch.G
     return estimate(value, resampled, settings.confidence, least=1.0)
 
 
-def _share(inside: Tensor, settings: DistributionSettings, rng: torch.Generator) -> Estimate:
-    share = inside.double()
-    counts = resamples(len(share), settings.num_resamples, rng)
-    resampled = _as_tensor((count.double() @ share).item() / len(share) for count in counts)
-    return estimate(share.mean().item(), resampled, settings.confidence, least=0.0, most=1.0)
+def _kernel(samples: Tensor, reference: Tensor, settings: DistributionSettings, rng: torch.Generator) -> Estimate:
+    found = subset_distances(samples, reference, settings.num_subsets, settings.subset_size, rng)
+    spread = found if settings.num_resamples else found[:0]
+    return estimate(found.mean().item(), spread, settings.confidence, least=-float("inf"))
+
+
+def _mean(each: Tensor, settings: DistributionSettings, rng: torch.Generator, most: float = float("inf")) -> Estimate:
+    values = each.double()
+    counts = resamples(len(values), settings.num_resamples, rng)
+    resampled = _as_tensor((count.double() @ values).item() / len(values) for count in counts)
+    return estimate(values.mean().item(), resampled, settings.confidence, least=0.0, most=most)
 
 
 def _as_tensor(values: Iterable[float]) -> Tensor:

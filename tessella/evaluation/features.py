@@ -124,10 +124,10 @@ class FeatureProtocol:
 
 
 def metric_name(metric: str, label: str) -> str:
-    """``FID``, ``IS``, ``precision``, ``recall``; with a label ``FD-EffLite0`` and so on, which do not compare."""
+    """``FID``, ``KID``, ``IS``, ``precision``, ...; with a label ``FD-EffLite0`` and so on, which do not compare."""
     if not label:
-        return {"frechet": "FID", "score": "IS"}.get(metric, metric)
-    return {"frechet": "FD", "score": "IS"}.get(metric, metric) + f"-{label}"
+        return {"frechet": "FID", "kernel": "KID", "score": "IS"}.get(metric, metric)
+    return {"frechet": "FD", "kernel": "KD", "score": "IS"}.get(metric, metric) + f"-{label}"
 
 
 @dataclass(frozen=True)

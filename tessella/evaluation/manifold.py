@@ -1,4 +1,4 @@
-"""Precision, recall and nearest neighbours among features."""
+"""Precision, recall, density, coverage and nearest neighbours among features."""
 
 from __future__ import annotations
 
@@ -72,6 +72,50 @@ def precision_recall(samples: Tensor, reference: Tensor, k: int = 3) -> Coverage
         precise=_in_manifold(samples, reference, _radii(reference, k)),
         recalled=_in_manifold(reference, samples, _radii(samples, k)),
     )
+
+
+class DensityCoverage(NamedTuple):
+    """How densely the reference lies about each sample ``[N]`` (float64), and which of it ``[M]`` has a sample near."""
+
+    densities: Tensor
+    covered: Tensor
+
+    @property
+    def density(self) -> float:
+        """1 for samples like the reference in expectation; above where they gather in its dense parts."""
+        return self.densities.mean().item()
+
+    @property
+    def coverage(self) -> float:
+        """The share of the reference that has a sample in its ball."""
+        return self.covered.double().mean().item()
+
+
+def density_coverage(samples: Tensor, reference: Tensor, k: int = 5) -> DensityCoverage:
+    """Density and coverage (Naeem et al., arXiv 2002.09797, equations 3 and 4).
+
+    Both count samples in the balls around the reference's points, which reach to their k-th nearest neighbour within
+    the reference: one outlier among the samples widens nothing. A sample on a ball's border is inside.
+
+    Args:
+        samples: ``[N, D]``.
+        reference: ``[M, D]``.
+        k: which neighbour gives the radius.
+
+    Raises:
+        ValueError: shapes that do not fit, no samples, or a reference of no more than k points.
+    """
+    for name, points, least in (("samples", samples, 0), ("reference", reference, k)):
+        if len(points) <= least:
+            raise ValueError(f"{name} must hold more than {least} points, got {len(points)}")
+    squared_radii = _radii(reference, k)
+    balls = torch.zeros(len(samples), dtype=torch.int64, device=samples.device)
+    covered = torch.zeros(len(reference), dtype=torch.bool, device=samples.device)
+    for rows, columns, squared in _distance_tiles(samples, reference):
+        inside = squared <= squared_radii[columns]
+        balls[rows] += inside.sum(1)
+        covered[columns] |= inside.any(0)
+    return DensityCoverage(balls.double() / k, covered)
 
 
 def _radii(points: Tensor, k: int) -> Tensor:

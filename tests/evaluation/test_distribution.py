@@ -38,7 +38,8 @@ from tessella.evaluation.distribution import (
 )
 from tessella.evaluation.features import NETWORKS, FeatureNetwork, Features, PictureSet
 from tessella.evaluation.frechet import FeatureStatistics, frechet_distance, resampled_frechet, statistics_of
-from tessella.evaluation.manifold import nearest_neighbours, precision_recall
+from tessella.evaluation.kernel import kernel_distance, subset_distances
+from tessella.evaluation.manifold import density_coverage, nearest_neighbours, precision_recall
 from tessella.evaluation.protocols import EFFLITE0
 from tessella.evaluation.reference import ReferenceStatistics, reference_statistics
 from tessella.evaluation.score import inception_score, resampled_score
@@ -284,6 +285,57 @@ def test_precision_and_recall_against_all_pairs(k: int) -> None:
     assert 0 < coverage.recall < 1
 
 
+def test_kernel_distance_by_hand() -> None:
+    """One feature: kernels of 0 with 1 are 1, of 2 with 3 are 343, and between the sets 1, 1, 27, 64."""
+    x, y = torch.tensor([[0.0], [1.0]]), torch.tensor([[2.0], [3.0]])
+    assert kernel_distance(x, y) == pytest.approx(1 + 343 - 2 * (1 + 1 + 27 + 64) / 4)
+    with pytest.raises(ValueError, match=r"at least two points, got \[2, 1\] and \[1, 1\]"):
+        kernel_distance(x, y[:1])
+
+
+def test_kernel_distance_has_no_bias() -> None:
+    found = subset_distances(normal(400, 6), normal(400, 6, seed=1), 200, 20, torch.Generator().manual_seed(0))
+    assert abs(found.mean().item()) < 3 * found.std().item() / math.sqrt(20)  # 400 / 20 subsets are independent
+    assert found.min() < 0 < found.max()
+    assert subset_distances(normal(9, 6), normal(30, 6) + 3, 2, 1000, torch.Generator().manual_seed(0)).min() > 1
+
+
+@pytest.mark.filterwarnings("ignore:Metric `Kernel Inception Distance` will save all extracted features:UserWarning")
+def test_kernel_distance_agrees_with_torchmetrics() -> None:
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    torch.manual_seed(0)
+    real, fake = torch.rand(40, 3, 2, 2), torch.rand(40, 3, 2, 2) ** 2
+    kid = KernelInceptionDistance(feature=Flatten(), subsets=1, subset_size=40, normalize=True)
+    kid.update(real, real=True)
+    kid.update(fake, real=False)
+    expected = kid.compute()[0].item()
+    assert expected > 0.1
+    assert kernel_distance(fake.flatten(1), real.flatten(1)) == pytest.approx(expected, rel=1e-4)
+
+
+def test_density_and_coverage_by_hand() -> None:
+    """On a line, k = 1: reference balls [-1, 1], [0, 2], [8, 12], [10, 14]."""
+    reference = torch.tensor([[0.0], [1.0], [10.0], [12.0]])
+    near = density_coverage(torch.tensor([[0.5], [2.0], [7.9], [100.0]]), reference, k=1)
+    assert near.densities.tolist() == [2, 1, 0, 0]
+    assert near.covered.tolist() == [True, True, False, False]
+    assert (near.density, near.coverage) == (0.75, 0.5)
+    with pytest.raises(ValueError, match="reference must hold more than 4 points, got 4"):
+        density_coverage(reference, reference, k=4)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_density_and_coverage_against_all_pairs() -> None:
+    samples, reference = normal(30, 4), 1.3 * normal(23, 4, seed=1) + 1
+    near = density_coverage(samples, reference, 5)
+    radii = torch.cdist(reference, reference).sort(1).values[:, 5]
+    inside = torch.cdist(samples, reference) <= radii
+    torch.testing.assert_close(near.densities, inside.double().sum(1) / 5)
+    assert torch.equal(near.covered, inside.any(0))
+    assert 0 < near.coverage < 1
+
+
 @pytest.mark.usefixtures("small_tiles")
 def test_precision_and_recall_at_their_ends() -> None:
     points = normal(20, 5)
@@ -357,19 +409,29 @@ def features(count: int, *, seed: int = 0) -> Features:
     return Features(pool.float(), logits.float(), pictures, network().describe())
 
 
-ALL = DistributionSettings(metrics=("frechet", "score", "precision_recall"), num_resamples=10)
+ALL = DistributionSettings(
+    metrics=("frechet", "score", "precision_recall", "kernel", "density_coverage"), num_resamples=10
+)
 
 
 def test_record() -> None:
     samples, reference = features(40), features(30, seed=2)
     record = evaluate_distribution(samples, reference, network(), settings=ALL, reference_name="held out")
-    assert list(record.values) == ["FD-EffLite0", "IS-EffLite0", "precision-EffLite0", "recall-EffLite0"]
+    names = ("FD", "IS", "precision", "recall", "KD", "density", "coverage")
+    assert list(record.values) == [f"{name}-EffLite0" for name in names]
     a, b = statistics_of(samples.pool), statistics_of(reference.pool)
     expected = frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
     assert record.values["FD-EffLite0"].value == pytest.approx(expected)
     coverage = precision_recall(samples.pool, reference.pool)
     assert record.values["precision-EffLite0"].value == coverage.precision
     assert record.values["recall-EffLite0"].value == coverage.recall
+    near = density_coverage(samples.pool, reference.pool)
+    assert record.values["density-EffLite0"].value == pytest.approx(near.density)
+    assert record.values["coverage-EffLite0"].value == near.coverage
+    # 100 subsets of all 30 of the reference and 30 of the 40 samples.
+    assert record.values["KD-EffLite0"].value == pytest.approx(
+        kernel_distance(samples.pool[:30], reference.pool), abs=0.3
+    )
     for found in record.values.values():
         assert found.interval is not None
         assert found.interval[0] <= found.value <= found.interval[1]
@@ -484,7 +546,9 @@ def test_published_statistics_as_reference() -> None:
 def test_errors() -> None:
     with pytest.raises(ValueError, match="frechet need a reference, and reference is None"):
         evaluate_distribution(features(20), None, network())
-    with pytest.raises(ValueError, match="precision_recall needs the reference's pictures or features"):
+    with pytest.raises(
+        ValueError, match="precision_recall and kernel and density_coverage: needs the reference's pictures or features"
+    ):
         evaluate_distribution(features(20), unknown_reference(), network(), settings=ALL)
     foreign = dataclasses.replace(features(20), network={**network().describe(), "weights_hash": "0"})
     with pytest.raises(ValueError, match="samples come from another network or protocol: weights_hash '0' and not"):
@@ -498,7 +562,10 @@ def test_errors() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"metrics": ("fid",)}, r"metrics must be some of frechet, score, precision_recall, got \('fid',\)"),
+        (
+            {"metrics": ("fid",)},
+            r"metrics must be some of frechet, score, precision_recall, kernel, density_coverage, got \('fid',\)",
+        ),
         ({"metrics": ()}, r"metrics must be some of"),
         ({"num_resamples": 1}, "num_resamples must be 0 or at least 2, got 1"),
         ({"confidence": 1.0}, r"confidence must be above 0 and below 1, got 1\.0"),
