@@ -207,7 +207,7 @@ def test_an_interrupted_sampling_run_leaves_whole_files(trained: Path) -> None:
         ({"settings": {"top_k": 126}}, r"top_k must lie in \[1, 125\]"),
         ({"settings": {"guidance": "-0.5"}}, "guidance must be >= 0"),
         ({"settings": {"guidance": "steep:1,2"}}, "guidance must be a number, interval:SCALE"),
-        ({"settings": {"options": {"num_steps": 3}}}, "unknown option 'num_steps' of AR; accepted: none"),
+        ({"settings": {"options": {"num_steps": 3}}}, "unknown option 'num_steps' of AR; accepted: num_positions"),
         ({"settings": {"temperature": -1.0}}, "temperature must be a finite number of at least 0"),
     ],
 )

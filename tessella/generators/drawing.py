@@ -91,7 +91,9 @@ def check_options(generator: Generator, options: Mapping[str, Any]) -> None:
         ConfigError: names those it has.
     """
     common = inspect.signature(Generator.sample).parameters
-    own = [name for name in inspect.signature(type(generator).sample).parameters if name not in common]
+    parameters = inspect.signature(type(generator).sample).parameters
+    # Tensors are for those who call it from Python.
+    own = [name for name, p in parameters.items() if name not in common and "Tensor" not in str(p.annotation)]
     for name in options:
         if name not in own:
             kind = type(generator).__name__
