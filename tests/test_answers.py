@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -210,7 +211,6 @@ def test_one_line_and_nothing_left(
      ("tokenize", "run", "--out", "x", "--limit", "0"), ("evaluate", "run", "--protocol", "mine")],
 )  # fmt: skip
 def test_usage_is_answered_without_torch(place: Path, arguments: tuple[str, ...]) -> None:
-    import subprocess
 
     code = (
         "import sys; from tessella.cli import main\ntry:\n    main()\nfinally:\n    assert 'torch' not in sys.modules"
@@ -218,3 +218,49 @@ def test_usage_is_answered_without_torch(place: Path, arguments: tuple[str, ...]
     done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=place, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def read_only(place: Path) -> Iterator[Path]:
+    """A place that cannot be written, even by root."""
+    folder = place / "read_only"
+    folder.mkdir(exist_ok=True)
+    command = ["mount", "-t", "tmpfs", "-o", "ro,size=100k", "tmpfs", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        folder.rmdir()
+        pytest.skip(f"cannot mount a read-only place: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+    folder.rmdir()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("train", "tiny.toml", "--out", "read_only/run"),
+        ("train", "next.toml", "--tokenizer", "run", "--out", "read_only/run"),
+        ("tokenize", "run", "--out", "read_only/tokens"),
+        ("detokenize", "run", "tokens", "--out", "read_only/files"),
+        ("evaluate", "run", "--out", "read_only/records"),
+        ("sample", "generator", "--out", "read_only/drawn"),
+        ("report", "run", "--out", "read_only/page"),
+        ("compare", "run", "--out", "read_only/page"),
+        ("export", "run", "--to", "torch", "--out", "read_only/programs"),
+        ("study", "collapse", "--data", "pictures", "--methods", "FSQ", "--bits", "6", "--out", "read_only/study"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_place_that_cannot_be_written_is_named(
+    place: Path, read_only: Path, arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(sys, "argv", ["tessella", *arguments])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    errors = capsys.readouterr().err
+    assert end.value.code == 2, errors
+    assert "Read-only file system" in errors
+    assert "read_only" in errors
+    assert "Traceback" not in errors
