@@ -7,6 +7,7 @@ import functools
 import json
 import logging
 import math
+import weakref
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -723,3 +724,21 @@ def test_reference_of_too_few_or_broken_pictures(dataset: Folder, tmp_path: Path
     with pytest.raises(DataError, match="cannot be used"):
         reference_statistics(dataset, network(), tmp_path / "cache", name="train")
     assert not (tmp_path / "cache").exists()
+
+
+def test_pictures_are_forgotten_once_their_features_are_taken() -> None:
+    kept: list[weakref.ref[Tensor]] = []
+    most = 0
+
+    def batches() -> Iterator[Tensor]:
+        nonlocal most
+        rng = torch.Generator().manual_seed(0)
+        for _ in range(12):
+            x = torch.rand(4, 3, 16, 16, generator=rng) * 2 - 1
+            kept.append(weakref.ref(x))
+            yield x
+            del x
+            most = max(most, sum(ref() is not None for ref in kept))
+
+    assert len(network().extract(batches())) == 48
+    assert most <= 2
