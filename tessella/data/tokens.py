@@ -200,11 +200,6 @@ def read_token_space(path: str | Path) -> TokenSpace:
     return _contents(Path(path))[2]
 
 
-def read_class_names(folder: Path) -> tuple[str, ...]:
-    """What the labels in a folder of shards are called; empty where that is unknown."""
-    return read_manifest(folder).class_names
-
-
 def _contents(path: Path) -> tuple[Path, tuple[Shard, ...], TokenSpace]:
     """Folder, shards and space of what is read: a whole folder, or one of its files."""
     if path.is_file():
