@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from tessella.config import build_section, spec_of
 from tessella.errors import ConfigError
@@ -186,14 +186,17 @@ def save_generator(generator: Generator, tokenizer: Tokenizer, path: str | Path)
         write_model(tokenizer, folder / TOKENIZER)
 
 
-def write_model(model: Model, folder: Path, state: dict[str, Any] | None = None) -> None:
+def write_model(
+    model: Model, folder: Path, state: dict[str, Any] | None = None, weights: dict[str, Tensor] | None = None
+) -> None:
     """Weights, recipe, training state if there is one, and checksums into an existing folder."""
+    weights = model.state_dict() if weights is None else weights
     write_recipe(folder, {**(model.recipe or {}), **model_spec(model)})
     # A tensor under two names would be refused by safetensors; clone what is shared.
-    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    own = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     # One metadata key: with several, their order, and so the file's bytes, would differ from save to save.
-    about = {"version": FORMAT_VERSION, "fingerprint": fingerprint(model)}
-    write_tensors(folder / WEIGHTS, weights, {"tessella": json.dumps(about)})
+    about = {"version": FORMAT_VERSION, "fingerprint": fingerprint(model, weights)}
+    write_tensors(folder / WEIGHTS, own, {"tessella": json.dumps(about)})
     if state is not None:
         write_state(folder / STATE, {"version": FORMAT_VERSION, "state": state})
     write_checksums(folder)
@@ -236,10 +239,13 @@ def model_spec(model: Model) -> Spec:
     }
 
 
-def fingerprint(model: Model) -> str:
-    """Sixteen hexadecimal digits that change whenever a weight or a setting of the model does."""
+def fingerprint(model: Model, weights: dict[str, Tensor] | None = None) -> str:
+    """Sixteen hexadecimal digits that change whenever a weight or a setting of the model does.
+
+    ``weights`` are those of the model, where it does not hold them whole itself.
+    """
     digest = hashlib.sha256(json.dumps(model_spec(model), sort_keys=True).encode())
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in sorted((model.state_dict() if weights is None else weights).items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
@@ -353,15 +359,25 @@ def _advice(folder: Path) -> Iterator[None]:
 # --- training checkpoints -------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(run: Path, step: int, model: Model, state: dict[str, Any], *, keep: int) -> Path:
+def save_checkpoint(
+    run: Path, step: int, model: Model, state: dict[str, Any], *, keep: int, weights: dict[str, Tensor] | None = None
+) -> Path:
     """Write ``run/checkpoints/step-########`` (model and training state) and delete all but the newest ``keep``.
+
+    Args:
+        run: folder of the run.
+        step: the number in the name.
+        model: what is saved.
+        state: what continuing needs besides.
+        keep: how many checkpoints stay.
+        weights: those of the model, where it does not hold them whole itself.
 
     Raises:
         StorageError: it could not be written (a full disk); the previous checkpoints are untouched.
     """
     target = run / CHECKPOINTS / f"step-{step:08d}"
     with atomic_folder(target) as folder:
-        write_model(model, folder, state)
+        write_model(model, folder, state, weights)
     for old in _checkpoints(run)[:-keep]:
         remove_folder(old)
     return target

@@ -22,6 +22,10 @@ class TrainingError(TessellaError, RuntimeError):
     """Training cannot go on; the message says at which step and what is left."""
 
 
+class EndedElsewhere(TessellaError):
+    """Another process of the same run failed, and says why; this one ends with it."""
+
+
 class Interrupted(Exception):
     """A signal ended the run early, after a checkpoint was written if there was anything to save."""
 

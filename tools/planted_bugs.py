@@ -22,6 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 QUANTIZER_TESTS = ("tests/quantizers", "tests/ops")
 GENERATOR_TESTS = ("tests/generators", "tests/conditioners", "tests/test_transformer.py")
+RANK_TESTS = ("tests/training", "tests/conftest.py")
 # Compilation is slow and breaks on its own terms; slow tests repeat what quick ones check.
 SELECTION = "not TestCompile and not slow and not scq"
 
@@ -34,10 +35,13 @@ class Bug:
     file: str
     old: str
     new: str
+    over_ranks: bool = False
 
     @property
     def tests(self) -> tuple[str, ...]:
         """Where the tests are that should notice."""
+        if self.over_ranks:
+            return RANK_TESTS
         return QUANTIZER_TESTS if self.file.startswith(("quantizers/", "ops/")) else GENERATOR_TESTS
 
 
@@ -55,8 +59,13 @@ BUGS = [
     Bug("k-means fits in every step", "quantizers/_nearest.py", "            self._seen_fitted = fitted\n", "            self._seen_fitted = False\n            self.fitted.fill_(False)\n"),
     Bug("k-means++ draws uniformly", "ops/kmeans.py", "distance = to_new if k == 0 else torch.minimum(distance, to_new)", "distance = torch.ones_like(distance)"),
     Bug("k-means centres are sums", "ops/kmeans.py", " / counts.clamp(min=1)", ""),
+    Bug("each rank's own mean assignment", "ops/_softmax.py", "shards.mean_of_replicas(best.new_zeros", "(best.new_zeros", True),
+    Bug("gradients of ranks are not averaged", "training/run.py", "            average_gradients(_parameters(optimizer))\n", "            pass\n", True),
+    Bug("ranks read the same signals", "data/loader.py", "yield batch[own]", "yield batch[: len(batch) // self.num_ranks]", True),
+    Bug("batch normalisation of each rank alone", "losses/discriminators.py", "if not self.training or world_size() == 1:", "if True:", True),
+    Bug("adaptive weight of each rank alone", "losses/adversarial.py", "all_reduce_sum(full_precision(gradient))", "world_size() * full_precision(gradient)", True),
     Bug("entropy penalty with the wrong sign", "quantizers/vq.py", "(sample - batch)", "(batch - sample)"),
-    Bug("entropy penalty ignores the mask", "quantizers/vq.py", "self.entropy_temperature, mask=mask)", "self.entropy_temperature)"),
+    Bug("entropy penalty ignores the mask", "quantizers/vq.py", "self.entropy_temperature, mask=mask, replicas", "self.entropy_temperature, replicas"),
     Bug("entropy temperature squared", "quantizers/vq.py", "self.codebook.to(z.dtype), self.entropy_temperature", "self.codebook.to(z.dtype), self.entropy_temperature**2"),
     Bug("cosine codes not normalised", "quantizers/vq.py", "return self._scaled(self.embedding)", "return self.embedding"),
     Bug("cosine z not normalised", "quantizers/vq.py", "        z = self._scaled(z)\n", ""),
@@ -214,7 +223,7 @@ def first_failure(bug: Bug) -> str | None:
         folder = Path(name)
         plant(bug, folder)
         soft = bug.name.startswith("SCQ")
-        own = f"test_{'scq' if soft else Path(bug.file).stem.lstrip('_')}.py"
+        own = "test_ranks.py" if bug.over_ranks else f"test_{'scq' if soft else Path(bug.file).stem.lstrip('_')}.py"
         tests = sorted(
             # Of the operations' tests, which take long, only the one that SCQ's bugs need.
             (path for path in folder.rglob("test_*.py") if path.parent.name != "ops" or path.name == "test_simplex.py"),

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.markup import escape
 
-from tessella.errors import Interrupted, TessellaError
+from tessella.errors import EndedElsewhere, Interrupted, TessellaError
 from tessella.text import printable
 
 console = Console(soft_wrap=True, highlight=False)
@@ -20,8 +20,13 @@ errors = Console(stderr=True, soft_wrap=True, highlight=False)
 TRACEBACK = "TESSELLA_TRACEBACK"
 
 
+_RANK = int(os.environ.get("RANK") or 0)  # of the processes that torchrun starts
+
+
 def say(text: str, *names: object) -> None:
-    """Print a line; each ``{}`` of it is a name, which no markup in it can change."""
+    """Print a line, of several ranks once; each ``{}`` of it is a name, which no markup in it can change."""
+    if _RANK:
+        return
     console.print(text.format(*(f"[bold]{escape(printable(str(name)))}[/bold]" for name in names)))
 
 
@@ -29,14 +34,17 @@ def say(text: str, *names: object) -> None:
 def answers() -> Iterator[None]:
     """Expected failures end in one line and an exit status, not in a traceback.
 
-    2 for what was refused, 128 + n for what signal n ended. With ``TESSELLA_TRACEBACK=1`` in the environment the
-    traceback comes too.
+    2 for what was refused, here or by another rank, which then says it; 128 + n for what signal n ended. With
+    ``TESSELLA_TRACEBACK=1`` in the environment the traceback comes too.
     """
     try:
         yield
     except Interrupted as stop:
-        errors.print(f"{escape(str(stop))}; the same command continues from there")
+        if not _RANK:
+            errors.print(f"{escape(str(stop))}; the same command continues from there")
         sys.exit(128 + stop.signal_number)
+    except EndedElsewhere:
+        sys.exit(2)  # whoever failed says why
     except KeyboardInterrupt:
         errors.print("stopped at once; what was not saved is lost")
         sys.exit(128 + signal.SIGINT)
@@ -47,7 +55,8 @@ def answers() -> Iterator[None]:
     except (TessellaError, ValueError, OSError, ModuleNotFoundError, MemoryError, RuntimeError) as error:
         if os.environ.get(TRACEBACK) or not (_is_expected(error) or _is_memory(error)):
             raise
-        errors.print(f"[red]error:[/red] {escape(printable(_line(error)))}")
+        where = f"rank {_RANK}: " if _RANK else ""
+        errors.print(f"[red]error:[/red] {where}{escape(printable(_line(error)))}")
         sys.exit(2)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from tessella.commands._device import pick_device
 from tessella.commands.build import generator_of, generator_recipe, tokenizer_of
 from tessella.config import build_section, resolve_recipe
 from tessella.data.base import Samples
+from tessella.distributed import Ranks
 from tessella.errors import ConfigError
 from tessella.generators.base import Generator
 from tessella.media.base import Medium
@@ -38,6 +40,8 @@ def train(
     allow_changed_data: bool = False, device: str | None = None, quiet: bool = False,
 ) -> Path:  # fmt: skip
     """Train what ``recipe`` (a name or a .toml file) describes; continue where an interrupted run stopped.
+
+    Under torchrun all its processes train together and share the batch; a run may go on with another number of them.
 
     Args:
         recipe: see :func:`tessella.recipe.read_recipe`.
@@ -84,8 +88,13 @@ def train(
         run.claim()
         write_sealed(folder / DATA, identity)
 
-    with lock_folder(folder, what="training"):
-        loop.run(step, run.dataset, folder, device=place, show=show, quiet=quiet, claim=claim)
+    with Ranks() as ranks, ExitStack() as stack:
+
+        def lock() -> None:
+            stack.enter_context(lock_folder(folder, what="training"))
+
+        ranks.by_first(lock)
+        loop.run(step, run.dataset, folder, device=place, show=show, quiet=quiet, claim=claim, ranks=ranks)
     return folder
 
 

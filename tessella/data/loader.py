@@ -38,21 +38,28 @@ _Draw = tuple[int, int]  # epoch, index
 
 @dataclass(frozen=True)
 class _TrainingDraws(Iterable[list[_Draw]]):
-    """The endless sequence of draws in batches: epoch after epoch, each in its own order, with no gap between them."""
+    """The endless sequence of draws in batches: epoch after epoch, each in its own order, with no gap between them.
+
+    Of every batch each rank yields its part; the parts of all ranks, in their order, are the batch.
+    """
 
     length: int
     batch_size: int
     seed: int
     start_batch: int
+    rank: int
+    num_ranks: int
 
     def __iter__(self) -> Iterator[list[_Draw]]:
         batch: list[_Draw] = []
+        size = self.batch_size // self.num_ranks
+        own = slice(self.rank * size, (self.rank + 1) * size)
         epoch, start = divmod(self.start_batch * self.batch_size, self.length)
         while True:
             for index in _order(self.seed, epoch, self.length)[start:].tolist():
                 batch.append((epoch, index))
                 if len(batch) == self.batch_size:
-                    yield batch
+                    yield batch[own]
                     batch = []
             epoch, start = epoch + 1, 0
 
@@ -110,8 +117,9 @@ class _EvaluationView(_View):
 
 
 def training_batches(
-    dataset: Samples, *, batch_size: int, seed: int, start_batch: int = 0, num_workers: int = 0
-) -> Iterator[Batch]:
+    dataset: Samples, *, batch_size: int, seed: int, start_batch: int = 0, num_workers: int = 0, rank: int = 0,
+    num_ranks: int = 1,
+) -> Iterator[Batch]:  # fmt: skip
     """Batches without end, always full: every epoch in a new order, batches running across the epochs' ends.
 
     All randomness is a function of (seed, epoch, index). Iterating from ``start_batch`` therefore gives, bit for bit,
@@ -125,6 +133,9 @@ def training_batches(
         start_batch: number of batches that were already seen.
         num_workers: processes that decode; 0 decodes in this one. As with every use of processes, a script that sets
             it needs the ``if __name__ == "__main__":`` guard.
+        rank: which part of every batch to give, of ``num_ranks`` equal ones: the parts together are the batches that
+            one rank would be given.
+        num_ranks: divides ``batch_size``.
 
     Raises:
         ValueError: an argument out of its range.
@@ -132,7 +143,11 @@ def training_batches(
             read, or what else the data set finds wrong.
     """
     _check_least(batch_size=(batch_size, 1), seed=(seed, 0), start_batch=(start_batch, 0), num_workers=(num_workers, 0))
-    draws = _TrainingDraws(len(dataset), batch_size, seed, start_batch)
+    if not 0 <= rank < num_ranks or batch_size % num_ranks:
+        raise ValueError(
+            f"batch_size ({batch_size}) must be a multiple of num_ranks ({num_ranks}), and rank ({rank}) below it"
+        )
+    draws = _TrainingDraws(len(dataset), batch_size, seed, start_batch, rank, num_ranks)
     return _load(_TrainingView(dataset, seed), draws, num_workers)
 
 

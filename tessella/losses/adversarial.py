@@ -65,14 +65,16 @@ def r1_penalty(logits: Tensor, x: Tensor) -> Tensor:
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor, max: float = 1e4) -> Tensor:
     """``|d reconstruction / d W| / (|d adversarial / d W| + 1e-4)``, at most ``max``, detached (VQGAN, 2012.09841).
 
-    Scales the adversarial loss so that both pull equally at the decoder's last weight W. The graphs of both losses
-    are kept.
+    Scales the adversarial loss so that both pull equally at the decoder's last weight W, over the batch of all ranks.
+    The graphs of both losses are kept.
     """
-    pull, push = (
-        full_precision(torch.autograd.grad(loss, last_layer, retain_graph=True)[0]).norm()
-        for loss in (reconstruction, adversarial)
-    )
-    weight: Tensor = pull / (push + 1e-4)
+
+    def size(loss: Tensor) -> Tensor:
+        (gradient,) = torch.autograd.grad(loss, last_layer, retain_graph=True)
+        norm: Tensor = (all_reduce_sum(full_precision(gradient)) / world_size()).norm()
+        return norm
+
+    weight: Tensor = size(reconstruction) / (size(adversarial) + 1e-4)
     return weight.clamp(max=max).detach()
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from tessella.config import Configurable
+from tessella.distributed import all_reduce_sum, world_size
 from tessella.losses.audio_discriminators import (
     Judgement,
     MultiBand,
@@ -164,12 +165,14 @@ class Balancer(nn.Module):
         for position, (name, weight) in enumerate(self.weights.items()):
             if name not in losses:
                 continue
-            (gradient,) = torch.autograd.grad(losses[name], x_hat, retain_graph=True)
-            norm = gradient.flatten(1).norm(dim=1).mean()
+            # As over the batch of all ranks, of which this one's signals are a part.
+            gradient = torch.autograd.grad(losses[name], x_hat, retain_graph=True)[0] / world_size()
+            norm = all_reduce_sum(gradient.flatten(1).norm(dim=1).mean()) / world_size()
             self._pending.setdefault(name, []).append(norm)
             average = (self.decay * self.sums[position] + norm) / (self.decay * self.counts[position] + 1)
             pull += weight / total * gradient / average.clamp(min=1e-12)
-        return (pull.detach() * x_hat).sum()
+        total_pull: Tensor = (pull.detach() * x_hat).sum()
+        return total_pull * world_size()  # gradients are averaged over ranks, and this one is no mean
 
     @torch.no_grad()
     def after_step(self) -> None:

@@ -10,7 +10,35 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tessella.config import Configurable
+from tessella.distributed import differentiable_mean, world_size
 from tessella.quantizers.base import full_precision
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch normalisation whose batch is that of all ranks; torch's SyncBatchNorm is for GPUs alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [B, C, H, W]``, as many on every rank."""
+        if not self.training or world_size() == 1:
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            values = full_precision(x)
+            mean = differentiable_mean(values.mean((0, 2, 3)))
+            centred = values - mean[:, None, None]
+            variance = differentiable_mean(centred.square().mean((0, 2, 3)))
+            self._remember(mean.detach(), variance.detach(), values.numel() // len(mean) * world_size())
+            scale = self.weight * (variance + self.eps).rsqrt()
+            return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+    @torch.no_grad()
+    def _remember(self, mean: Tensor, variance: Tensor, count: int) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        assert self.momentum is not None
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        self.num_batches_tracked.add_(1)
 
 
 class PatchGAN(Configurable, nn.Module):
@@ -37,7 +65,7 @@ class PatchGAN(Configurable, nn.Module):
             stride = 2 if layer < num_layers else 1
             layers += [
                 nn.Conv2d(widths[layer - 1], widths[layer], 4, stride=stride, padding=1, bias=False),
-                nn.BatchNorm2d(widths[layer]),
+                BatchNorm(widths[layer]),
                 nn.LeakyReLU(0.2),
             ]
         layers.append(nn.Conv2d(widths[-1], 1, 4, padding=1))

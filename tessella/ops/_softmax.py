@@ -5,7 +5,8 @@ gives
 
 * the straight-through codes: value ``c_{k*}``, ``k* = argmax_k l``, gradient that of ``(onehot(k*) - sg(s) + s) C``;
 * the sample entropy ``S = sum_n w_n H(p_n)`` and the batch entropy ``A = -sum_k q_k log(q_k + eps)`` of
-  ``q = sum_n w_n p_n``, where the weights ``w`` average over the rows that the mask keeps.
+  ``q = sum_n w_n p_n``; ``w`` averages over unmasked rows, and q is the mean of the replicas, ranks with other rows
+  of the batch. A's gradient is that of the own q at that mean, so that the replicas' mean of it is the batch's.
 
 The forward sweep keeps, for each row, ``m = max_k l`` and sums centred on it; ``m / tau`` never joins a logarithm,
 because at small ``tau`` its rounding would be the largest error of the gradient. The backward sweep forms every tile
@@ -53,12 +54,13 @@ def softmax_codes(
     entropies: bool,
     soft: bool,
     group: str,
+    replicas: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Codes and entropies of ``z`` ``[N, D]`` over this rank's ``codebook`` ``[V, D]``, of one dtype; see `Forward`.
 
     ``entropies`` asks for S and A, ``soft`` for what the gradient through ``z_q`` needs.
     """
-    shards = Shards(group)
+    shards = Shards(group, replicas)
     out = _empty_outputs(z, codebook, entropies, soft)
     with full_precision(z.device):
         scores = Scores(z, codebook, metric)
@@ -96,6 +98,7 @@ def _(
     entropies: bool,
     soft: bool,
     group: str,
+    replicas: str = "",
 ) -> tuple[Tensor, ...]:
     return tuple(_empty_outputs(z, codebook, entropies, soft))
 
@@ -155,7 +158,7 @@ def _try_list(
     found = None
     with suppress(TooManyNearError):
         found = _sweep(scores, window, exact_window, soft, None, exhaustive=True)
-    failed = shards.max(torch.tensor(int(found is None), device=window.device))
+    failed = shards.max_of_all(torch.tensor(int(found is None), device=window.device))
     return None if failed.item() else found
 
 
@@ -249,7 +252,7 @@ def _listed_entropies(
     log_p = t - log_mass[near.rows]
     p = log_p.exp()
     sample = -_row_sums(near, p * log_p, best, shards)
-    q = best.new_zeros(len(out.slope)).index_add_(0, near.codes, w[near.rows] * p)
+    q = shards.mean_of_replicas(best.new_zeros(len(out.slope)).index_add_(0, near.codes, w[near.rows] * p))
     slope = batch_entropy_slope(q)[near.codes]
     out.entropies[0] = w @ sample
     out.entropies[1] = shards.sum(batch_entropy(q))
@@ -275,7 +278,7 @@ def _swept_entropies(
     if has_triton_form(best[:, None]):
         from tessella.ops import _triton
 
-        q = _triton.mean_assignment(scores, best, log_mass, weights, temperature)
+        q = shards.mean_of_replicas(_triton.mean_assignment(scores, best, log_mass, weights, temperature))
         out.entropies[1] = batch_entropy(q)
         torch.sub(batch_entropy_slope(q), uniform_slope, out=out.slope)
         mean_slope.copy_(_triton.mean_slope(scores, best, log_mass, out.slope, temperature))
@@ -286,7 +289,7 @@ def _swept_entropies(
         for k in spans(v, codes):
             t = scores.tile(i, k, scratch).sub_(best[:, None]).div_(temperature).sub_(log_mass[:, None])
             p = t.clamp_min_(exponent_floor(t.dtype)).exp_()
-            q = weights @ p
+            q = shards.mean_of_replicas(weights @ p)
             out.entropies[1] += batch_entropy(q)
             # Each row's gradient sees the slope less its mean; near a uniform q the two would cancel.
             out.slope[k] = batch_entropy_slope(q) - uniform_slope
@@ -432,17 +435,16 @@ def _listed_softmax_grad(g: Tensor, codebook: Tensor, pairs: Tensor, s: Tensor, 
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    z, codebook, mask, ctx.metric, ctx.temperature, _, _, ctx.group = inputs
+    z, codebook, mask, ctx.metric, ctx.temperature, _, _, ctx.group, _ = inputs
     out = Forward(*output)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(z, codebook, mask, out.indices, *out[4:])
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    dz, dcodebook = softmax_codes_backward(
-        grads[0], grads[1], grads[3], *ctx.saved_tensors, ctx.metric, ctx.temperature, ctx.group
-    )
-    return dz, dcodebook, None, None, None, None, None, None
+    settings = ctx.metric, ctx.temperature, ctx.group
+    dz, dcodebook = softmax_codes_backward(grads[0], grads[1], grads[3], *ctx.saved_tensors, *settings)
+    return dz, dcodebook, None, None, None, None, None, None, None
 
 
 softmax_codes.register_autograd(_backward, setup_context=_setup_context)

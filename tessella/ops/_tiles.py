@@ -141,15 +141,29 @@ def check_temperature(name: str, value: float) -> None:
         raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
+def group_name(group: dist.ProcessGroup | None) -> str:
+    """Operators take names; "" for None."""
+    return "" if group is None else group.group_name
+
+
+def resolve_group(name: str) -> dist.ProcessGroup | None:
+    """The process group called ``name``; None for ""."""
+    if not name:
+        return None
+    from torch._C._distributed_c10d import _resolve_process_group  # absent where torch lacks distributed
+
+    return _resolve_process_group(dist.distributed_c10d.GroupName(name))
+
+
 class Shards:
-    """Sums and extrema over the ranks that hold the shards of a codebook; the identity where nothing is sharded."""
+    """Sums and extrema over the ranks that hold the shards of a codebook; the identity where nothing is sharded.
 
-    def __init__(self, group_name: str) -> None:
-        self.group: dist.ProcessGroup | None = None
-        if group_name:
-            from torch._C._distributed_c10d import _resolve_process_group  # absent where torch lacks distributed
+    And means over replicas, the ranks that hold other rows of the same batch.
+    """
 
-            self.group = _resolve_process_group(dist.distributed_c10d.GroupName(group_name))
+    def __init__(self, group_name: str, replicas: str = "") -> None:
+        self.group = resolve_group(group_name)
+        self._replicas = resolve_group(replicas)
 
     def sum(self, value: Tensor) -> Tensor:
         """Sum over ranks, in place."""
@@ -162,6 +176,19 @@ class Shards:
     def min(self, value: Tensor) -> Tensor:
         """Minimum over ranks, in place."""
         return self._reduce(value, dist.ReduceOp.MIN)
+
+    def max_of_all(self, value: Tensor) -> Tensor:
+        """Maximum over shards and replicas, in place."""
+        if self._replicas is not None:
+            dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._replicas)
+        return self.max(value)
+
+    def mean_of_replicas(self, value: Tensor) -> Tensor:
+        """Mean over replicas, in place."""
+        if self._replicas is not None:
+            dist.all_reduce(value, group=self._replicas)
+            value /= dist.get_world_size(self._replicas)
+        return value
 
     def first_code(self, num_codes: int, device: torch.device) -> int:
         """The global index of this rank's first code: the codes of all lower ranks."""

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import torch.distributed as dist
 from torch import Tensor
 
 from tessella.ops._softmax import softmax_codes
-from tessella.ops._tiles import Metric, check_mask, check_metric, check_temperature, check_vectors, compute_dtype
+from tessella.ops._tiles import (
+    Metric,
+    check_mask,
+    check_metric,
+    check_temperature,
+    check_vectors,
+    compute_dtype,
+    group_name,
+)
 
 
 def softmax_entropy(
-    z: Tensor, codebook: Tensor, temperature: float, metric: Metric = "euclidean", mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    z: Tensor, codebook: Tensor, temperature: float, metric: Metric = "euclidean", mask: Tensor | None = None,
+    replicas: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Mean entropy ``S`` of each row's assignment, and entropy ``A`` of the batch's mean assignment.
 
     ::
@@ -27,6 +37,8 @@ def softmax_entropy(
         temperature: temperature of the assignment.
         metric: ``"euclidean"`` or ``"dot"``.
         mask: bool ``[N]``; all rows where None.
+        replicas: ranks whose ``z`` are parts of one batch, as large on each: q is their mean, and the mean over them of
+            A's gradients is that of the whole.
 
     Returns:
         The scalars S and A, with gradients to ``z`` and ``codebook``.
@@ -43,6 +55,8 @@ def softmax_entropy(
     # |z - c|^2 / T = (|z|^2 - 2 (z.c - |c|^2/2)) / T: the operator's euclidean scores at half the temperature.
     score_temperature = temperature / 2 if metric == "euclidean" else temperature
     dtype = compute_dtype(z, codebook)
-    outputs = softmax_codes(z.to(dtype), codebook.to(dtype), mask, metric, score_temperature, True, False, "")
+    outputs = softmax_codes(
+        z.to(dtype), codebook.to(dtype), mask, metric, score_temperature, True, False, "", group_name(replicas)
+    )
     sample_entropy, batch_entropy = outputs[3].unbind()
     return sample_entropy, batch_entropy

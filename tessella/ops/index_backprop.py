@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from tessella.ops._softmax import softmax_codes
 from tessella.ops._softmax_parts import row_weights
-from tessella.ops._tiles import check_mask, check_temperature, check_vectors, compute_dtype
+from tessella.ops._tiles import check_mask, check_temperature, check_vectors, compute_dtype, group_name
 
 
 def index_backprop(
@@ -18,6 +19,7 @@ def index_backprop(
     entropy_weight: float = 0.05,
     entropy_temperature: float = 0.01,
     mask: Tensor | None = None,
+    replicas: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
     """Quantize by the straight-through one-hot of ``s = softmax_k(z.c_k)``, whose gradient reaches every code.
 
@@ -40,6 +42,7 @@ def index_backprop(
         entropy_weight: weight of ``S - A``; 0 skips its computation.
         entropy_temperature: temperature of ``p``.
         mask: bool ``[N]``; all rows where None.
+        replicas: as in :func:`tessella.ops.softmax_entropy`.
 
     Returns:
         ``z_q`` ``[N, D]`` with the values ``codebook[indices]`` and the codebook's dtype; int64 ``indices`` ``[N]``;
@@ -55,7 +58,7 @@ def index_backprop(
     check_mask(mask, z)
     check_temperature("entropy_temperature", entropy_temperature)
     weights = (commitment_weight, codebook_weight, entropy_weight)
-    return quantize(z, codebook, weights, entropy_temperature, mask, group="")
+    return quantize(z, codebook, weights, entropy_temperature, mask, group="", replicas=group_name(replicas))
 
 
 def quantize(
@@ -65,6 +68,7 @@ def quantize(
     entropy_temperature: float,
     mask: Tensor | None,
     group: str,
+    replicas: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
     """`index_backprop` on the shard of a codebook that this rank of ``group`` holds; "" where there is one shard."""
     commitment_weight, codebook_weight, entropy_weight = weights
@@ -72,7 +76,7 @@ def quantize(
     point = z.to(dtype)
     soft = torch.is_grad_enabled() and (z.requires_grad or codebook.requires_grad)
     z_q, code, indices, entropies, *_ = softmax_codes(
-        point, codebook.to(dtype), mask, "dot", entropy_temperature, entropy_weight != 0, soft, group
+        point, codebook.to(dtype), mask, "dot", entropy_temperature, entropy_weight != 0, soft, group, replicas
     )
     row_mean = row_weights(mask, point)
 

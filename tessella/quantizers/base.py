@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tessella.config import Configurable
+from tessella.distributed import all_reduce_sum, gather_rows, world_size
 from tessella.errors import NotFiniteError
 
 
@@ -104,7 +105,7 @@ class Quantizer(Configurable, nn.Module, ABC):
             flat = full_precision(z.reshape(-1, self.dim))
             flat_mask = None if mask is None else mask.reshape(-1)
             out = self.quantize(flat, flat_mask)
-            usage, perplexity = index_statistics(out.indices, self.codebook_size, flat_mask)
+            usage, perplexity = index_statistics(out.indices, self.codebook_size, flat_mask, of_all_ranks=self.training)
         return Quantized(
             z_q=out.z_q.to(z.dtype).reshape(z.shape),
             indices=out.indices.reshape(*leading, self.num_codebooks),
@@ -241,26 +242,34 @@ def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
 _HISTOGRAM_LIMIT = 1 << 20
 
 
-def index_statistics(indices: Tensor, codebook_size: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def index_statistics(
+    indices: Tensor, codebook_size: int, mask: Tensor | None = None, *, of_all_ranks: bool = False
+) -> tuple[Tensor, Tensor]:
     """Usage and perplexity of ``indices [N, K]`` in one batch, averaged over the K codebooks.
 
-    Usage is the fraction of the V codes that occur; perplexity ``exp(-sum_k f_k ln f_k)`` of their frequencies f.
+    Usage is the fraction of the V codes that occur; perplexity ``exp(-sum_k f_k ln f_k)`` of their frequencies f. With
+    ``of_all_ranks`` the batch is that of all ranks together, which must all ask.
     """
     statistics = _histogram_statistics if codebook_size <= _HISTOGRAM_LIMIT else _sorted_statistics
-    pairs = [statistics(column, codebook_size, mask) for column in indices.unbind(-1)]
+    shared = of_all_ranks and world_size() > 1
+    pairs = [statistics(column, codebook_size, mask, shared) for column in indices.unbind(-1)]
     return torch.stack([usage for usage, _ in pairs]).mean(), torch.stack([p for _, p in pairs]).mean()
 
 
-def _histogram_statistics(column: Tensor, codebook_size: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def _histogram_statistics(
+    column: Tensor, codebook_size: int, mask: Tensor | None, shared: bool
+) -> tuple[Tensor, Tensor]:
     hits = torch.ones(column.shape, device=column.device) if mask is None else mask.float()
     counts = torch.zeros(codebook_size, device=column.device).scatter_add_(0, column, hits)
+    counts = all_reduce_sum(counts) if shared else counts
     total = counts.sum().clamp(min=1)
     entropy = total.log() - torch.dot(counts, counts.clamp(min=1).log_()) / total
     return counts.count_nonzero() / codebook_size, entropy.exp()
 
 
-def _sorted_statistics(column: Tensor, codebook_size: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    ordered = (column if mask is None else torch.where(mask, column, -1)).sort().values
+def _sorted_statistics(column: Tensor, codebook_size: int, mask: Tensor | None, shared: bool) -> tuple[Tensor, Tensor]:
+    kept = column if mask is None else torch.where(mask, column, -1)
+    ordered = (gather_rows(kept[:, None])[:, 0] if shared else kept).sort().values
     valid = ordered >= 0
     total = valid.sum().clamp(min=1)
     run = torch.searchsorted(ordered, ordered, right=True) - torch.searchsorted(ordered, ordered)

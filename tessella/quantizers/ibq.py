@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from tessella.distributed import replicas
 from tessella.ops import index_backprop, nearest
 from tessella.quantizers.base import Quantized, Quantizer, check_positive, check_weights, mean_squared
 
@@ -74,6 +75,7 @@ class IBQ(Quantizer):
             entropy_weight=self.entropy_weight,
             entropy_temperature=self.entropy_temperature,
             mask=mask,
+            replicas=replicas(self.training),
         )
         return Quantized(z_q, indices[:, None], loss, metrics)
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tessella.distributed import mean_over_ranks
 from tessella.quantizers._implicit import ImplicitCodebook
 from tessella.quantizers.base import (
     Quantized,
@@ -103,6 +104,7 @@ class LFQ(ImplicitCodebook):
     def batch_entropy(self, p: Tensor, mask: Tensor | None) -> Tensor:
         """A of bit probabilities ``p [N, D]``, in nats."""
         q = torch.cat([_batch_mean(_joint(group), mask) for group in p.split(self.entropy_group_bits, dim=-1)])
+        q = mean_over_ranks(q) if self.training else q
         return -(q * (q + _LOG_EPS).log()).sum()
 
     def residual_stage(self, stage: int) -> Quantizer:

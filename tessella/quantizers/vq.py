@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tessella.distributed import replicas
 from tessella.ops import softmax_entropy
 from tessella.quantizers._estimators import Estimator
 from tessella.quantizers._nearest import CodebookInit, LearnedCodebook
@@ -93,7 +94,9 @@ class VQ(LearnedCodebook):
         z = self._scaled(z)
         out = super().quantize(z, mask)
         if self.entropy_weight and torch.is_grad_enabled():
-            sample, batch = softmax_entropy(z, self.codebook.to(z.dtype), self.entropy_temperature, mask=mask)
+            sample, batch = softmax_entropy(
+                z, self.codebook.to(z.dtype), self.entropy_temperature, mask=mask, replicas=replicas(self.training)
+            )
             out.loss = out.loss + self.entropy_weight * (sample - batch)
             out.metrics |= {"sample_entropy": sample.detach(), "batch_entropy": batch.detach()}
         return out

@@ -17,6 +17,7 @@ from tessella.checkpoint import load
 from tessella.config import build
 from tessella.data.base import DataError, Samples, list_skipped
 from tessella.data.tokens import MANIFEST
+from tessella.distributed import Ranks, device_of
 from tessella.errors import ConfigError, TessellaError
 from tessella.registry import Spec, find
 from tessella.storage import lock_folder
@@ -25,9 +26,8 @@ from tessella.tokenization.executors import Executor, InProcess, LocalProcesses
 from tessella.tokenization.on_ray import OnRay
 from tessella.tokenization.plan import Output, Plan, Record
 from tessella.tokenization.progress import shown
-from tessella.tokenization.ranks import Ranks
 from tessella.tokenization.source import AnySplit, open_source
-from tessella.tokenization.unit import Job, device_of
+from tessella.tokenization.unit import Job
 from tessella.tokenizer import Tokenizer
 
 logger = logging.getLogger("tessella")

@@ -12,10 +12,11 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any, cast
 
+from tessella.distributed import device_of
 from tessella.errors import TessellaError
 from tessella.processes import end_with_parent, leave_signals_to_parent
 from tessella.tokenization.plan import Record
-from tessella.tokenization.unit import Job, Worker, device_of
+from tessella.tokenization.unit import Job, Worker
 from tessella.tokenizer import Tokenizer
 
 # Shards that a worker knows of at once: the one it is at, and the next, which it reads ahead of.

@@ -87,11 +87,6 @@ class _Row(NamedTuple):
     extent: tuple[int, ...]
 
 
-def device_of(device: str, number: int) -> str:
-    """The device of the worker ``number`` where ``device`` is one of several of a kind: they take turns."""
-    return f"cuda:{number % torch.cuda.device_count()}" if device == "cuda" else device
-
-
 class Worker:
     """Makes shards, reading ahead of the model in a thread.
 

@@ -41,6 +41,12 @@ class Step(nn.Module, ABC):
         """The modules that are worth compiling, each as a whole."""
         return list(self.children())
 
+    def parts(self, model: nn.Module) -> list[nn.Module]:
+        """Parts of ``model``, inner ones first, whose parameters are divided over the ranks of a run and gathered while
+        each is at work; none where every rank keeps the whole model.
+        """
+        return []
+
     def units(self, batch: Batch) -> float:
         """How many of :attr:`unit` a batch holds."""
         return len(batch["x"])

@@ -13,6 +13,7 @@ from tessella.objectives.base import StepOutput
 from tessella.registry import find
 from tessella.tokenizer import Tokenizer
 from tessella.training.base import Step
+from tessella.transformer import Transformer
 
 
 class GeneratorStep(Step):
@@ -39,6 +40,10 @@ class GeneratorStep(Step):
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """One optimizer trains all."""
         return {"generator": [p for p in self.model.parameters() if p.requires_grad]}
+
+    def parts(self, model: nn.Module) -> list[nn.Module]:
+        """The blocks of its transformers."""
+        return [block for module in model.modules() if isinstance(module, Transformer) for block in module.blocks]
 
     def forward(self, batch: Batch) -> StepOutput:
         """See the class."""

@@ -12,6 +12,7 @@ from torch import nn
 
 from tessella.checkpoint import WEIGHTS, latest_checkpoint, load_weights, model_folder
 from tessella.data.base import Samples
+from tessella.distributed import Ranks
 from tessella.training.base import Step
 from tessella.training.precision import Precision
 from tessella.training.run import Preview, Run
@@ -22,7 +23,7 @@ class Loop:
 
     Args:
         steps: optimizer steps.
-        batch_size: samples per optimizer step.
+        batch_size: samples per optimizer step, on all ranks together.
         accumulate: micro-batches a step is split into (gradients are averaged).
         optimizer: ``adam`` or ``adamw``.
         lr: peak learning rate.
@@ -163,6 +164,7 @@ class Loop:
         show: Preview | None = None,
         quiet: bool = False,
         claim: Callable[[], None] = lambda: None,
+        ranks: Ranks | None = None,
     ) -> nn.Module:
         """Train ``step`` on ``dataset`` and return the model (EMA weights if they are kept).
 
@@ -177,12 +179,16 @@ class Loop:
             show: writes what :meth:`Step.preview` gives to a file.
             quiet: no progress on the terminal.
             claim: called once the first step has gone well, before anything is written into ``folder``.
+            ranks: the processes that train together, each calling this; the batch is divided between them, and the
+                first alone writes. None for this process alone.
 
         Raises:
+            ConfigError: a batch that cannot be divided between the ranks.
             CheckpointError: ``init`` holds no model, or one that does not fit.
             TrainingError: a loss that is not finite.
+            EndedElsewhere: another rank failed.
             Interrupted: SIGINT or SIGTERM; a checkpoint was written first.
         """
         if self.init is not None and latest_checkpoint(folder) is None:
             load_weights(step.model, model_folder(Path(self.init)) / WEIGHTS)
-        return Run(self, step.to(device), dataset, folder, device, show, quiet).run(claim)
+        return Run(self, step.to(device), dataset, folder, device, show, quiet, ranks or Ranks()).run(claim)

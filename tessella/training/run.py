@@ -8,11 +8,13 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -20,7 +22,20 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tessella.checkpoint import Model, latest_checkpoint, load_state, save_checkpoint
 from tessella.data.base import Batch, Samples, SkipBudget, to_device
 from tessella.data.loader import training_batches
-from tessella.errors import Interrupted, NotFiniteError, TrainingError
+from tessella.distributed import (
+    Ranks,
+    agree,
+    all_reduce_sum,
+    average_gradients,
+    exchange_gradients,
+    full,
+    is_lost,
+    like,
+    spread,
+    whole,
+    world_size,
+)
+from tessella.errors import ConfigError, EndedElsewhere, Interrupted, NotFiniteError, TrainingError
 from tessella.objectives.base import StepOutput
 from tessella.quantizers.base import Quantizer
 from tessella.text import printable
@@ -43,20 +58,34 @@ class Run:
 
     def __init__(
         self, settings: Loop, step: Step, dataset: Samples, folder: Path, device: torch.device,
-        show: Preview | None, quiet: bool,
+        show: Preview | None, quiet: bool, ranks: Ranks,
     ) -> None:  # fmt: skip
+        share = settings.accumulate * ranks.size
+        if settings.batch_size % share:
+            raise ConfigError(
+                f"training.batch_size ({settings.batch_size}) must be a multiple of training.accumulate x ranks "
+                f"({settings.accumulate} x {ranks.size} = {share}): it is the batch of all ranks together"
+            )
+        self.ranks = ranks
         self.settings = settings
         self.step = step
         self.dataset = dataset
         self.folder = folder
         self.device = device
         self.show = show
-        self.quiet = quiet
-        self.optimizers = {name: self._optimizer(parameters) for name, parameters in step.parameter_groups().items()}
+        self.quiet = quiet or not ranks.first
+        for child in step.trained().values():
+            agree(child)
         self.ema = (
             None if settings.ema_decay is None
             else AveragedModel(step.model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay))
         )  # fmt: skip
+        if ranks.size > 1:
+            for model in (step.model,) if self.ema is None else (step.model, self.averaged):
+                if parts := step.parts(model):
+                    spread(model, parts, ["sample"])
+        # Of the parameters as they are now: the ranks' parts, where they are spread.
+        self.optimizers = {name: self._optimizer(parameters) for name, parameters in step.parameter_groups().items()}
         if settings.compile:
             for network in step.networks():
                 network.compile()
@@ -66,6 +95,13 @@ class Run:
         self.unread: dict[int, list[str]] = {}  # keys by step, of the steps whose numbers were not looked at yet
         self.seconds = self.units = self.shown_units = 0.0
         self.skips = SkipBudget(settings.max_skip_share)
+        if not ranks.first:
+            self._reseed()
+
+    def _reseed(self) -> None:
+        """Randomness of this rank's own: what the first has, the others must not repeat."""
+        numbers = np.random.SeedSequence((self.settings.seed, self.ranks.rank, self.position))
+        torch.manual_seed(int(numbers.generate_state(1, np.uint64)[0]))
 
     def _optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         s = self.settings
@@ -82,31 +118,46 @@ class Run:
 
     def run(self, claim: Callable[[], None]) -> nn.Module:
         """See :meth:`Loop.run`."""
-        s = self.settings
         with _signals() as self.received, held_back(logger) as messages:
-            self._resume()
-            self.precision = self.precision or resolve_precision(s.precision, self.device)
-            batches = self._batches()
-            first = self.position
-            progress = TrainingProgress(
-                s.steps, first, unit=self.step.unit, headline=self.step.headline, quiet=self.quiet
-            )
-            # The first step is taken before the folder is touched: what cannot be trained at all leaves nothing there.
-            started = time.monotonic() - self.seconds
-            row = self._advance(batches, started) if first < s.steps else None
+            try:
+                self._run(claim, messages)
+            except RuntimeError as error:
+                if not is_lost(error):
+                    raise
+                # A signal to the whole group can reach another rank first.
+                if self.received:
+                    raise Interrupted(self.received[0], latest_checkpoint(self.folder)) from error
+                raise EndedElsewhere(f"another rank has ended: {error}") from error
+        return self.averaged
+
+    def _run(self, claim: Callable[[], None], messages: MemoryHandler) -> None:
+        s = self.settings
+        self._resume()
+        self.precision = self.precision or resolve_precision(s.precision, self.device)
+        batches = self._batches()
+        first = self.position
+        progress = TrainingProgress(s.steps, first, unit=self.step.unit, headline=self.step.headline, quiet=self.quiet)
+        # The first step is taken before the folder is touched: what cannot be trained at all leaves nothing there.
+        started = time.monotonic() - self.seconds
+        row = self._advance(batches, started) if first < s.steps else None
+
+        def take() -> None:
             claim()
             self.folder.mkdir(parents=True, exist_ok=True)
-            with RunLog(self.folder, first, messages) as self.log, progress:
-                while row is not None:
-                    progress.advance(row, self.units - self.shown_units)
-                    self.shown_units = self.units
-                    self._record(row)
-                    if self.received:
-                        raise Interrupted(self.received[0], self._checkpoint())
-                    row = self._advance(batches, started) if self.position < s.steps else None
-                if latest_checkpoint(self.folder) != self.folder / "checkpoints" / f"step-{s.steps:08d}":
-                    self._checkpoint()
-        return self.averaged
+
+        self.ranks.by_first(take)
+        with RunLog(self.folder, first, messages) if self.ranks.first else nullcontext() as self.log, progress:
+            while row is not None:
+                progress.advance(row, self.units - self.shown_units)
+                self.shown_units = self.units
+                self._record(row)
+                # Signals reach the ranks at different steps; they stop at the same one.
+                if number := self.ranks.any(self.received[0] if self.received else 0):
+                    raise Interrupted(number, self._checkpoint())
+                row = self._advance(batches, started) if self.position < s.steps else None
+            newest = self.ranks.by_first(lambda: latest_checkpoint(self.folder))
+            if newest != self.folder / "checkpoints" / f"step-{s.steps:08d}":
+                self._checkpoint()
 
     def _batches(self) -> Iterator[Batch]:
         s = self.settings
@@ -116,6 +167,8 @@ class Run:
             seed=s.seed,
             start_batch=0 if s.overfit_batch else self.position * s.accumulate,
             num_workers=0 if s.overfit_batch else s.num_workers,
+            rank=self.ranks.rank,
+            num_ranks=self.ranks.size,
         )
         return itertools.cycle([next(batches) for _ in range(s.accumulate)]) if s.overfit_batch else batches
 
@@ -145,13 +198,14 @@ class Run:
             optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
         keys = self.unread[self.position + 1] = []
-        for _ in range(s.accumulate):
+        for micro in range(s.accumulate):
+            exchange_gradients(self.step.model, now=micro + 1 == s.accumulate)
             batch = next(batches)
             keys += batch["key"]
             for key, reason in batch["skipped"]:
                 logger.warning("skipped %s: %s", printable(key), reason)
             self.skips.count(batch)
-            self.units += self.step.units(batch)
+            self.units += self.step.units(batch) * self.ranks.size
             batch = to_device(batch, self.device)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                 out = self._forward(batch)
@@ -162,8 +216,11 @@ class Run:
             out.metrics |= {f"loss/{name}": loss.detach() for name, loss in out.losses.items()}
             for name, value in out.metrics.items():
                 sums[name] = sums.get(name, 0) + value.float() / s.accumulate
+        for optimizer in self.optimizers.values():
+            average_gradients(_parameters(optimizer))
+        sums = dict(zip(sums, all_reduce_sum(torch.stack(list(sums.values()))) / self.ranks.size, strict=True))
         for name, optimizer in self.optimizers.items():
-            sums[f"grad_norm/{name}"] = nn.utils.clip_grad_norm_(_parameters(optimizer), s.clip_norm)
+            sums[f"grad_norm/{name}"] = full(nn.utils.clip_grad_norm_(_parameters(optimizer), s.clip_norm))
         row = self._read(sums)
         lr = s.learning_rate(self.position)
         for optimizer in self.optimizers.values():
@@ -205,6 +262,8 @@ class Run:
         """
         step = int(self.first_bad)
         if step:
+            # All ranks come here together, for what they have read is the same.
+            self.unread[step] = [key for keys in self.ranks.gather(self.unread.get(step, [])) for key in keys]
             wrong = next((f"{name} is {value}" for name, value in row.items()
                           if name.startswith(_WATCHED) and not math.isfinite(value)), "")  # fmt: skip
             raise self._divergence(wrong if step == self.position + 1 else "a loss or gradient was not finite", step)
@@ -222,7 +281,7 @@ class Run:
 
     def _record(self, row: dict[str, float]) -> None:
         s = self.settings
-        if self._is_logged(self.position):
+        if self._is_logged(self.position) and self.log is not None:
             rate = {f"{self.step.unit}_per_s": self.units / self.seconds}
             self.log.row({"step": self.position, **row, **rate, "seconds": self.seconds})
         if self.show is not None and (self.position % s.sample_every == 0 or self.position == s.steps):
@@ -236,44 +295,65 @@ class Run:
         model.eval()
         rows = self.step.preview(model, to_device(batch, self.device))
         model.train()
-        assert self.show is not None
-        file = self.show(rows, self.folder / "samples" / f"step-{self.position:08d}")
-        self.log.show("samples", file, self.position)
+        if self.log is not None:
+            assert self.show is not None
+            file = self.show(rows, self.folder / "samples" / f"step-{self.position:08d}")
+            self.log.show("samples", file, self.position)
 
     def _checkpoint(self) -> Path:
+        """Model and state, whole whatever the number of ranks, so that any number of them can go on from it."""
         self._require_finite({})
+        own, *others = self.ranks.gather(self._own_state())
         state = {
             "position": self.position,
             "seconds": self.seconds,
             "units": self.units,
             "precision": self.precision,
-            "step": {name: child.state_dict() for name, child in self.step.trained().items()},
-            "ema": None if self.ema is None else self.ema.state_dict(),
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "step": {name: whole(child.state_dict()) for name, child in self.step.trained().items()},
+            "ema": None if self.ema is None else whole(self.ema.state_dict()),
+            "optimizers": {name: whole(optimizer.state_dict()) for name, optimizer in self.optimizers.items()},
+            **own,
+            "other_ranks": others,
+        }
+        model, weights = cast(Model, self.averaged), whole(self.averaged.state_dict())
+        keep = self.settings.keep_checkpoints
+        return self.ranks.by_first(
+            lambda: save_checkpoint(self.folder, self.position, model, state, keep=keep, weights=weights)
+        )
+
+    def _own_state(self) -> dict[str, Any]:
+        """What this rank does not share with the others."""
+        return {
             "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all(),
+            "cuda_rng": [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else [],
             "skips": {"num_read": self.skips.num_read, "num_skipped": self.skips.num_skipped},
         }
-        model = cast(Model, self.averaged)
-        return save_checkpoint(self.folder, self.position, model, state, keep=self.settings.keep_checkpoints)
 
     def _resume(self) -> None:
-        checkpoint = latest_checkpoint(self.folder)
+        checkpoint = self.ranks.by_first(lambda: latest_checkpoint(self.folder))
         if checkpoint is None:
             return
         state = load_state(checkpoint)
         for name, child in self.step.trained().items():
-            child.load_state_dict(state["step"][name])
+            _load(child, state["step"][name])
         if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
+            _load(self.ema, state["ema"])
         for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
-        self.skips.num_read = state["skips"]["num_read"]
-        self.skips.num_skipped = state["skips"]["num_skipped"]
+            parameters, saved = _parameters(optimizer), state["optimizers"][name]
+            for number, values in saved["state"].items():
+                saved["state"][number] = {key: like(value, parameters[number]) for key, value in values.items()}
+            optimizer.load_state_dict(saved)
         self.position = state["position"]
+        every = [state, *state.get("other_ranks", [])]
+        if self.ranks.rank < len(every):
+            own = every[self.ranks.rank]
+            torch.set_rng_state(own["rng"])
+            if own["cuda_rng"] and self.device.type == "cuda":
+                torch.cuda.set_rng_state(own["cuda_rng"][0], self.device)
+            self.skips.num_read = own["skips"]["num_read"]
+            self.skips.num_skipped = own["skips"]["num_skipped"]
+        else:
+            self._reseed()
         self.precision = state.get("precision", self.settings.precision)
         self.seconds = state["seconds"]
         self.units = state.get("units", self.position * self.settings.batch_size)  # version 1 counted samples
@@ -286,13 +366,28 @@ def _gradient_norms(out: StepOutput) -> dict[str, Tensor]:
     if out.meeting_point is None:
         return {}
     return {
-        f"grad_norm/{name}": torch.autograd.grad(term, out.meeting_point, retain_graph=True)[0].norm()
+        f"grad_norm/{name}": _norm(torch.autograd.grad(term, out.meeting_point, retain_graph=True)[0])
         for name, term in out.terms.items()
         if term.requires_grad  # an adversary that has not started says nothing
     }
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+def _norm(gradient: Tensor) -> Tensor:
+    """Of the gradient of the mean over ranks, of which each has its signals' part."""
+    if world_size() == 1:
+        own: Tensor = gradient.norm()
+        return own
+    norm: Tensor = all_reduce_sum(gradient.square().sum()).sqrt() / world_size()
+    return norm
+
+
+def _load(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Whole tensors into a module, which may be spread over the ranks."""
+    own = module.state_dict()
+    module.load_state_dict({name: like(value, own[name]) if name in own else value for name, value in state.items()})
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
