@@ -42,7 +42,7 @@ def recipe_names() -> list[str]:
     return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
 
 
-def read_recipe(name_or_path: str) -> Spec:
+def read_recipe(name_or_path: str | Path) -> Spec:
     """A recipe as written: a name from :func:`recipe_names`, or a path to a TOML file.
 
     ``extends = "other"`` at its top takes every key it does not give from another recipe, section by section. A section
@@ -51,7 +51,9 @@ def read_recipe(name_or_path: str) -> Spec:
     Raises:
         ConfigError: no such recipe, or not valid TOML.
     """
-    return _read(name_or_path, ())
+    if not isinstance(name_or_path, str | Path):
+        raise ConfigError(f"a recipe is a name or a .toml file, got {type(name_or_path).__name__}")
+    return _read(str(name_or_path), ())
 
 
 def check_recipe_name(name_or_path: str) -> None:

@@ -153,18 +153,19 @@ class AR(Generator):
         top_k: int | None = None,
         top_p: float | None = None,
         guidance: Guidance = 1.0,
+        known: Tensor | None = None,
         start: Tensor | None = None,
         num_positions: int | None = None,
     ) -> Tensor:
         """See :meth:`Generator.sample`; progress is the share of steps done.
 
         Args:
-            condition, rng, temperature, top_k, top_p, guidance: see there.
+            condition, rng, temperature, top_k, top_p, guidance, known: see there.
             start: ``[B, t, K]``, the first tokens of each sample, which it goes on from.
             num_positions: length of the samples, where the latent grid has one axis; all of it by default.
 
         Raises:
-            ValueError: a setting or a condition out of range, or a start longer than the samples.
+            ValueError: a setting, a condition or a known token out of range, or a start longer than the samples.
 
         With guidance the batch is doubled: both halves see the tokens that were drawn from the guided logits. The
         second half ends where no later step is guided.
@@ -176,7 +177,7 @@ class AR(Generator):
             return choose(logits, uniform, temperature=temperature, top_k=top_k, top_p=top_p)
 
         return self._generate(
-            condition, one_each(rng, condition), guidance, draw, self.order.width, start=start,
+            condition, one_each(rng, condition), guidance, draw, self.order.width, known=known, start=start,
             num_positions=num_positions,
         )  # fmt: skip
 
@@ -188,13 +189,14 @@ class AR(Generator):
         draw: Draw,
         num_uniforms: int,
         *,
+        known: Tensor | None = None,
         start: Tensor | None = None,
         num_positions: int | None = None,
     ) -> Tensor:
         """Indices ``[B, *S, K]``, ``draw`` choosing those of each step with ``num_uniforms`` random numbers."""
         grid = self.space.grid if num_positions is None else (num_positions,)
         order = self._order_of(math.prod(grid))
-        given = self._given(start, len(rng), grid)
+        given = self._given(known, start, len(rng), grid)
         scales = self._scales(guidance, order.num_steps)
         guides = condition is not None  # without a condition both halves were the same
         num_guided = max((step + 1 for step, scale in enumerate(scales) if guides and scale != 1), default=0)
@@ -219,8 +221,15 @@ class AR(Generator):
                 modulator = None if modulator is None else modulator[: len(rng)]
         return order.from_steps(steps).view(-1, *grid, self.space.num_codebooks)
 
-    def _given(self, start: Tensor | None, batch_size: int, grid: tuple[int, ...]) -> Tensor | None:
-        """``[B, S, W]``, the tokens of ``start`` in their steps, -1 for those to be drawn."""
+    def _given(
+        self, known: Tensor | None, start: Tensor | None, batch_size: int, grid: tuple[int, ...]
+    ) -> Tensor | None:
+        """``[B, S, W]``, the tokens of ``known`` or ``start`` in their steps, -1 for those to be drawn."""
+        if known is not None:
+            self.check_known(known, batch_size)
+            if start is not None or known.shape[1:-1] != grid:
+                raise ValueError(f"known must cover the samples, {list(grid)} positions, and leaves no room for start")
+            return self._order_of(math.prod(grid)).to_steps(known.flatten(1, -2))
         if start is None:
             return None
         self.check_indices(start)

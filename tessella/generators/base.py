@@ -67,6 +67,7 @@ class Generator(Configurable, nn.Module, ABC):
         top_k: int | None = None,
         top_p: float | None = None,
         guidance: Guidance = 1.0,
+        known: Tensor | None = None,
     ) -> Tensor:
         """Draw indices ``[B, *S, K]``; in eval mode and without gradients, whatever the mode is.
 
@@ -80,9 +81,11 @@ class Generator(Configurable, nn.Module, ABC):
             top_k: keep the k likeliest tokens.
             top_p: keep the likeliest tokens that together have this probability.
             guidance: s of classifier-free guidance; 1 is none.
+            known: ``[B, *S, K]``, tokens that stay as they are, and -1 where one is to be drawn; None draws all. A model
+                that draws in a fixed order sees only those known ones that come before.
 
         Raises:
-            ValueError: a setting or a condition out of range.
+            ValueError: a setting, a condition or a known token out of range.
         """
 
     def limit_codes(self, sizes: Tensor) -> None:
@@ -115,6 +118,18 @@ class Generator(Configurable, nn.Module, ABC):
             NotImplementedError: this generator gives no probabilities that a decoder could follow.
         """
         raise NotImplementedError(f"{type(self).__name__} has no code length")
+
+    def check_known(self, known: Tensor, count: int) -> None:
+        """Refuse known tokens that are not of this generator's token space, or not of ``count`` samples.
+
+        Raises:
+            ValueError: another shape or range.
+        """
+        if len(known) != count:
+            raise ValueError(f"known must hold {count} samples, got {len(known)}")
+        if (known < -1).any():
+            raise ValueError(f"known tokens must be at least -1, which is to be drawn, got {int(known.min())}")
+        self.check_indices(known.clamp(min=0))
 
     def check_indices(self, indices: Tensor) -> None:
         """Refuse indices that are not of this generator's token space.

@@ -218,6 +218,7 @@ class CoarseToFine(Generator):
         top_k: int | None = None,
         top_p: float | None = None,
         guidance: Guidance = 1.0,
+        known: Tensor | None = None,
         fine_temperature: float | None = None,
         fine_guidance: float | None = None,
         fine_top_k: int | None = None,
@@ -226,7 +227,7 @@ class CoarseToFine(Generator):
         """See :meth:`Generator.sample`, whose settings are those of the coarse labels; one fine pass follows.
 
         Args:
-            condition, rng, temperature, top_k, top_p, guidance: see there.
+            condition, rng, temperature, top_k, top_p, guidance, known: see there.
             fine_temperature: of the codes; None is ``temperature``.
             fine_guidance: of the codes; None is ``guidance``, a schedule's value at progress 0.
             fine_top_k: of the codes; None keeps all.
@@ -242,14 +243,20 @@ class CoarseToFine(Generator):
             fine_guidance = guidance(0.0) if callable(guidance) else guidance
         check_settings(self.space.codebook_size, temperature=fine_temperature, top_k=fine_top_k, top_p=None)
         check_guidance(fine_guidance)
+        known_labels = None
+        if known is not None:
+            self.check_known(known, len(rng))
+            known_labels = self.coarse_indices(known.clamp(min=0)).masked_fill(known < 0, -1)
         labels = self.coarse.sample(
-            condition, rng=rng, temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance
-        )
+            condition, rng=rng, temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance,
+            known=known_labels,
+        )  # fmt: skip
         logits = self._guided_fine_logits(labels, condition, fine_guidance)
         if restrict_to_cluster:
             logits = self._within_cluster(logits, labels)
         uniform = uniforms(rng, self.space.sequence_length, device=logits.device)
-        return choose(logits, uniform, temperature=fine_temperature, top_k=fine_top_k).view_as(labels)
+        codes = choose(logits, uniform, temperature=fine_temperature, top_k=fine_top_k).view_as(labels)
+        return codes if known is None else torch.where(known < 0, codes, known)
 
     @inference
     def bits(self, indices: Tensor, condition: Tensor | None) -> Tensor:

@@ -80,10 +80,15 @@ class Digits(Generator):
         top_k: int | None = None,
         top_p: float | None = None,
         guidance: Guidance = 1.0,
+        known: Tensor | None = None,
     ) -> Tensor:
         """See :meth:`Generator.sample`; the settings are those of each digit."""
+        if known is not None:
+            self.check_known(known, len(known))
+            to_draw = (known < 0).repeat_interleave(len(self.bases), -1)
+            known = self.to_digits(known.clamp(min=0)).masked_fill(to_draw, -1)
         digits = self.generator.sample(
-            condition, rng=rng, temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance
+            condition, rng=rng, temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance, known=known
         )
         return self.from_digits(digits)
 

@@ -117,6 +117,7 @@ class EncoderDecoder(Generator):
         top_k: int | None = None,
         top_p: float | None = None,
         guidance: Guidance = 1.0,
+        known: Tensor | None = None,
     ) -> Tensor:
         """See :meth:`Generator.sample`; progress is the share of tokens drawn. Dense prediction takes temperature 0."""
         check_settings(self.space.codebook_size, temperature=temperature, top_k=top_k, top_p=top_p)
@@ -124,6 +125,9 @@ class EncoderDecoder(Generator):
         for scale in scales:
             check_guidance(scale)
         rng = one_each(rng, condition)
+        if known is not None:
+            self.check_known(known, len(rng))
+            known = known.flatten(1)
         context = self.conditioner(condition, len(rng))
         guides = condition is not None and any(scale != 1 for scale in scales)
         if guides:
@@ -137,6 +141,8 @@ class EncoderDecoder(Generator):
             logits = self._codes_alone(self._step(both, step, context, cache))
             logits = guided_halves(logits, scale if guides else None)
             codes = choose(logits, uniform[:, step], temperature=temperature, top_k=top_k, top_p=top_p)
+            if known is not None:
+                codes = torch.where(known[:, step] < 0, codes, known[:, step])
             drawn.append(codes)
             tokens = codes[:, None] + 1
         return torch.stack(drawn, 1).view(-1, *self.space.grid, 1)

@@ -167,6 +167,7 @@ class MaskedBits(AR):
         top_k: int | None = None,
         top_p: float | None = None,
         guidance: Guidance = 1.0,
+        known: Tensor | None = None,
         start: Tensor | None = None,
         num_positions: int | None = None,
         num_rounds: int | None = None,
@@ -175,7 +176,7 @@ class MaskedBits(AR):
         """See :meth:`AR.sample`; temperature and truncation are of the draw of each digit, not of the confidence.
 
         Args:
-            condition, rng, temperature, top_k, top_p, guidance, start, num_positions: see there.
+            condition, rng, temperature, top_k, top_p, guidance, known, start, num_positions: see there.
             num_rounds, choice_temperature: as in the constructor, whose values are the default.
         """
         check_settings(self.space.codebook_size, temperature=temperature, top_k=top_k, top_p=top_p)
@@ -202,8 +203,8 @@ class MaskedBits(AR):
             return digits
 
         return self._generate(
-            condition, one_each(rng, condition), guidance, draw, num_rounds * 2 * num_digits, start=start,
-            num_positions=num_positions,
+            condition, one_each(rng, condition), guidance, draw, num_rounds * 2 * num_digits, known=known,
+            start=start, num_positions=num_positions,
         )  # fmt: skip
 
 

@@ -162,6 +162,7 @@ class MaskGIT(Generator):
         top_k: int | None = None,
         top_p: float | None = None,
         guidance: Guidance = 1.0,
+        known: Tensor | None = None,
         num_steps: int | None = None,
         choice_temperature: float | None = None,
         order: UnmaskingOrder | None = None,
@@ -169,7 +170,7 @@ class MaskGIT(Generator):
         """See :meth:`Generator.sample`; the temperature and the truncation are of the draw, not of the confidence.
 
         Args:
-            condition, rng, temperature, top_k, top_p, guidance: see there; progress is t / T.
+            condition, rng, temperature, top_k, top_p, guidance, known: see there; progress is t / T.
             num_steps: T.
             choice_temperature, order: as in the constructor, whose values are the default.
         """
@@ -183,6 +184,10 @@ class MaskGIT(Generator):
         contexts = torch.cat([self.conditioner(condition, len(rng)), self.conditioner.null(len(rng))])
         tokens = torch.zeros(len(rng), length, dtype=torch.long, device=device)
         masked = torch.ones_like(tokens, dtype=torch.bool)
+        if known is not None:
+            self.check_known(known, len(rng))
+            tokens, masked = known.flatten(1).clamp(min=0), known.flatten(1) < 0
+        num_hidden = masked.sum(-1, keepdim=True)
         for step in range(num_steps):
             scale = guidance(step / num_steps) if callable(guidance) else guidance
             logits = self._guided_logits(tokens, masked, contexts, scale)
@@ -196,7 +201,7 @@ class MaskGIT(Generator):
                     confidence += choice_temperature * (1 - progress) * gumbel(for_choice)
                 else:
                     confidence = for_choice if order == "random" else self._late_first().expand(len(rng), -1)
-                masked = least_confident(confidence, masked, progress)
+                masked = least_confident(confidence, masked, progress, num_hidden)
         return tokens.view(-1, *self.space.grid, self.space.num_codebooks)
 
     @inference
@@ -282,17 +287,20 @@ def gumbel(uniform: Tensor) -> Tensor:
     return -(-uniform.clamp(min=torch.finfo(uniform.dtype).tiny).log()).log()
 
 
-def least_confident(confidence: Tensor, masked: Tensor, progress: float) -> Tensor:
+def least_confident(confidence: Tensor, masked: Tensor, progress: float, num_hidden: Tensor | None = None) -> Tensor:
     """The positions ``[B, N]`` to hide again: see :func:`num_remasked`; of those tied with the first kept one, none.
 
     Args:
         confidence: ``[B, N]``; only that of masked positions counts, others stay shown.
         masked: ``[B, N]``, before the step.
         progress: (t + 1) / T.
+        num_hidden: ``[B, 1]``, how many were hidden at the start; all of them by default.
     """
     confidence = confidence.masked_fill(~masked, torch.inf)
     length = masked.shape[1]
-    first_kept = num_remasked(progress, masked.sum(-1, keepdim=True), length).clamp(max=length - 1)
+    num_masked = masked.sum(-1, keepdim=True)
+    all_of_them = torch.full_like(num_masked, length) if num_hidden is None else num_hidden
+    first_kept = num_remasked(progress, num_masked, all_of_them).clamp(max=length - 1)
     return confidence < confidence.sort(-1).values.gather(-1, first_kept)
 
 

@@ -27,7 +27,7 @@ def random_masks(ratio: Tensor, length: int) -> Tensor:
     return permutation < num_masked(ratio, length)[:, None]
 
 
-def num_remasked(progress: float, masked: Tensor, length: int) -> Tensor:
+def num_remasked(progress: float, masked: Tensor, length: int | Tensor) -> Tensor:
     """Tokens that stay hidden after a decoding step: ``floor(N cos(pi/2 progress))``, at least 1; int64.
 
     Fewer than before, so that every step shows at least one, until one is left.
@@ -35,10 +35,11 @@ def num_remasked(progress: float, masked: Tensor, length: int) -> Tensor:
     Args:
         progress: (t + 1) / T after step t of T.
         masked: how many were hidden before the step, of any shape.
-        length: N.
+        length: N, how many were hidden at the start.
     """
     fraction = min(max(math.cos(math.pi / 2 * progress), 1e-6), 1.0)
-    return (masked - 1).clamp(max=math.floor(length * fraction)).clamp(min=1)
+    most = (torch.as_tensor(length, dtype=torch.float64, device=masked.device) * fraction).floor().long()
+    return torch.minimum(masked - 1, most).clamp(min=1)
 
 
 def low_discrepancy_order(shape: Sequence[int]) -> Tensor:

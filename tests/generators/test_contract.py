@@ -97,6 +97,27 @@ def test_a_sample_depends_on_its_own_rng_and_condition_alone(example: Example) -
 
 
 @every
+def test_known_tokens_stay(example: Example) -> None:
+    generator, condition, space = lively(example), labels(example), example.space
+    drawn = generator.sample(condition, rng=generators(range(3)))
+    nothing, other = torch.full_like(drawn, -1), indices(example)
+    assert torch.equal(generator.sample(condition, rng=generators(range(3)), known=nothing), drawn)
+    assert torch.equal(generator.sample(condition, rng=generators(range(3)), known=other), other)
+    hidden = torch.rand(drawn.shape, generator=torch.Generator().manual_seed(3)) < 0.5
+    filled = generator.sample(condition, rng=generators(range(3)), known=other.masked_fill(hidden, -1), guidance=1.5)
+    assert torch.equal(filled[~hidden], other[~hidden])
+    assert not torch.equal(filled, other)
+    generator.check_indices(filled)
+    for wrong, message in (
+        (nothing - 1, "at least -1"),
+        (nothing[:2], "2"),
+        (nothing + 1 + space.codebook_size, "lie in"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generator.sample(condition, rng=generators(range(3)), known=wrong)
+
+
+@every
 def test_sampling_is_evaluation_whatever_the_mode(example: Example) -> None:
     generator, condition = lively(example), labels(example)
     expected = generator.sample(condition, rng=generators(range(3)))

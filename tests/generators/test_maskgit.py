@@ -233,7 +233,7 @@ def test_choice_noise_cools_down(monkeypatch: pytest.MonkeyPatch) -> None:
     factors: list[float] = []
     monkeypatch.setattr(maskgit, "gumbel", torch.ones_like)
 
-    def record(confidence: Tensor, masked: Tensor, progress: float) -> Tensor:
+    def record(confidence: Tensor, masked: Tensor, progress: float, num_hidden: Tensor) -> Tensor:
         factors.append(confidence[0, 0].item() + math.log(16))  # of uniform logits only the noise is left
         return least_confident(confidence, masked, progress)
 
@@ -249,7 +249,7 @@ def test_confidence_is_that_of_the_logits_before_temperature_and_truncation(monk
     seen: list[Tensor] = []
     monkeypatch.setattr(maskgit, "gumbel", torch.zeros_like)
 
-    def record(confidence: Tensor, masked: Tensor, progress: float) -> Tensor:
+    def record(confidence: Tensor, masked: Tensor, progress: float, num_hidden: Tensor) -> Tensor:
         seen.append(confidence.clone())
         return least_confident(confidence, masked, progress)
 
@@ -266,7 +266,7 @@ def shown_after(model: MaskGIT, monkeypatch: pytest.MonkeyPatch, seed: int = 0, 
     """The positions that are not hidden after each step but the last."""
     shown: list[set[int]] = []
 
-    def noted(confidence: Tensor, masked: Tensor, progress: float) -> Tensor:
+    def noted(confidence: Tensor, masked: Tensor, progress: float, num_hidden: Tensor) -> Tensor:
         hidden = least_confident(confidence, masked, progress)
         shown.append(set((~hidden[0]).nonzero()[:, 0].tolist()))
         return hidden
