@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/train_loop.py [--recipe photos_fsq] [--steps 40] [--rounds 5] [--set KEY=VALUE]
         [--out folder]
 
-The recipe's own step, optimizer, clipping and averaged weights are driven twice in alternation, in one process: by a loop
-of six lines over batches that lie in memory, and by tessella's, which reads its batches with a worker, looks at every
-number, logs and counts its progress. Each round is timed from the second quarter of its steps on, by the wall and by this
+The recipe's own step, optimizer, clipping and averaged weights are driven twice in alternation, in one process: by a
+loop of six lines over batches that lie in memory, and by tessella's, which reads its batches, looks at every number,
+logs and counts its progress. Each round is timed from the second quarter of its steps on, by the wall and by this
 process's CPU time, which other work on the machine touches less; ratios are of neighbours, and what is told is their
 median. Writes train_loop.json and prints the rounds.
 """
@@ -117,8 +117,10 @@ def main() -> None:
     medians = {key: statistics.median(row[key] for row in rows) for key in ("ratio_wall_s", "ratio_cpu_s")}
     print(f"medians of {len(rows)}: {medians['ratio_wall_s']:.3f}, of CPU time {medians['ratio_cpu_s']:.3f}")
     options.out.mkdir(parents=True, exist_ok=True)
-    about = {"recipe": options.recipe, "steps": options.steps, "overrides": options.set, "threads": torch.get_num_threads(),
-             "cores": os.cpu_count(), "torch": torch.__version__, "rounds": rows, "medians": medians}  # fmt: skip
+    about = {
+        "recipe": options.recipe, "steps": options.steps, "overrides": options.set, "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(), "torch": torch.__version__, "rounds": rows, "medians": medians,
+    }  # fmt: skip
     (options.out / "train_loop.json").write_text(json.dumps(about, indent=1) + "\n")
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tessella.commands.compare import compare
     from tessella.commands.detokenize import detokenize
     from tessella.commands.evaluate import evaluate
+    from tessella.commands.explore import explore
     from tessella.commands.predict import predict
     from tessella.commands.push import push
     from tessella.commands.quickstart import quickstart
@@ -38,8 +39,8 @@ if TYPE_CHECKING:
 
 _MODULES = ("autoencoders", "conditioners", "generators", "ops", "quantizers")
 _COMMANDS = (
-    "build", "compare", "detokenize", "evaluate", "predict", "push", "quickstart", "report", "sample", "tokenize",
-    "train",
+    "build", "compare", "detokenize", "evaluate", "explore", "predict", "push", "quickstart", "report", "sample",
+    "tokenize", "train",
 )  # fmt: skip
 # Public name -> the module that defines it.
 _HOMES = {
@@ -59,7 +60,7 @@ _HOMES = {
 
 __all__ = [
     "Reconstruction", "SampleSettings", "TessellaError", "TokenSpace", "Tokenizer", "__version__", "autoencoders",
-    "build", "compare", "conditioners", "convert", "detokenize", "evaluate", "from_pretrained",
+    "build", "compare", "conditioners", "convert", "detokenize", "evaluate", "explore", "from_pretrained",
     "generator_from_pretrained", "generators", "load", "load_generator", "ops", "predict", "push", "quantizers",
     "quickstart", "register", "report", "sample", "tokenize", "train",
 ]  # fmt: skip

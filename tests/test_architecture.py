@@ -31,7 +31,7 @@ RANKS = {
     "evaluation": 10,
     "reporting": 11, "objectives": 11,
     "media": 12, "tokenization": 12,
-    "training": 13, "interop": 13,
+    "training": 13, "interop": 13, "explorer": 13,
     "commands": 14,
     "study": 15,
     "cli": 16,

@@ -232,6 +232,24 @@ def report(
     say("open {}", report(model, data=data, weights=weights, out=out, device=device))
 
 
+@app.command()
+def explore(
+    model: Model,
+    generator: Annotated[Path | None, typer.Argument(help="The run of a generator of its tokens.")] = None,
+    data: Data = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; the default is this machine alone.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8765,
+    device: Device = None,
+) -> None:
+    """Open a page to touch a tokenizer: replace tokens, see its codes, draw and fill with a generator."""
+    from tessella.commands.explore import explore
+
+    explore(
+        model, generator, data=data, host=host, port=port, device=device,
+        ready=lambda address: say("open {} (Ctrl-C ends it)", address),
+    )  # fmt: skip
+
+
 @app.command(name="list")
 def list_(
     what: Annotated[

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tessella.checkpoint import load, load_generator, load_recipe, model_folder
+from tessella.commands._codebook import counted
 from tessella.commands._data import data_of, medium_of, open_data
 from tessella.commands._device import pick_device
 from tessella.commands._predictions import dense, load_predictor, predicts
@@ -21,6 +22,7 @@ from tessella.commands._progress import drawing
 from tessella.commands.build import is_generator
 from tessella.commands.evaluate import evaluate
 from tessella.data.base import Samples
+from tessella.explorer.codebook import codebook_section
 from tessella.generators.drawing import SampleSettings, chunks, classes_of, draw_batches
 from tessella.registry import find
 from tessella.reporting import Section, Table, write_generator_report, write_report
@@ -61,6 +63,7 @@ def report(
         codebook: Tensor | None = tokenizer.quantizer.codebook
     except ValueError:  # too large to build; the page then colours tokens by their number
         codebook = None
+    use = codebook_section(counted(model, tokenizer, section, open_data(section, "test"))) if context is None else None
     medium, originals, rebuilt, tokens = medium_of(tokenizer, section), x.cpu(), x_hat.cpu(), indices.cpu()
     return write_report(
         folder,
@@ -71,7 +74,7 @@ def report(
         shown=medium.show(originals, rebuilt, tokens, codebook, keys)
         if context is None
         else medium.show_with_context(originals, rebuilt, context.cpu(), tokens, codebook, keys),
-        sections=sections,
+        sections=[*sections, *([use] if use else [])],
     )
 
 

@@ -81,8 +81,8 @@ class Generator(Configurable, nn.Module, ABC):
             top_k: keep the k likeliest tokens.
             top_p: keep the likeliest tokens that together have this probability.
             guidance: s of classifier-free guidance; 1 is none.
-            known: ``[B, *S, K]``, tokens that stay as they are, and -1 where one is to be drawn; None draws all. A model
-                that draws in a fixed order sees only those known ones that come before.
+            known: ``[B, *S, K]``, tokens that stay as they are, and -1 where one is to be drawn; None draws all. A
+                model that draws in a fixed order sees only those known ones that come before.
 
         Raises:
             ValueError: a setting, a condition or a known token out of range.

@@ -101,7 +101,7 @@ def token_maps(indices: Tensor, codebook: Tensor | None) -> list[Array]:
     if codebook is None or codebook.numel() > _MAX_TABLE:
         colours = [distinct_colours(layer) for layer in layers]
     else:
-        tables = _colour_tables(codebook.detach().cpu(), len(layers))
+        tables = colour_tables(codebook.detach().cpu(), len(layers))
         if indices.numel() and not (indices.min() >= 0 and indices.max() < len(tables[0])):
             raise ValueError(f"indices must lie in [0, {len(tables[0])}), got {indices.min()} to {indices.max()}")
         colours = [table[layer] for table, layer in zip(tables, layers, strict=True)]
@@ -109,7 +109,12 @@ def token_maps(indices: Tensor, codebook: Tensor | None) -> list[Array]:
     return [grid(list(picture), columns=math.ceil(math.sqrt(len(layers))), gap=1) for picture in tiles]
 
 
-def _colour_tables(codebook: Tensor, num_codebooks: int) -> list[Tensor]:
+def colour_tables(codebook: Tensor, num_codebooks: int) -> list[Tensor]:
+    """For each codebook the colours ``[V, 3]`` of its codes, see :func:`token_maps`.
+
+    Raises:
+        ValueError: a codebook of another shape.
+    """
     if codebook.ndim == 2:
         return [similarity_colours(codebook)] * num_codebooks
     if codebook.ndim == 3 and len(codebook) == num_codebooks:
