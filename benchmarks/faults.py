@@ -1,10 +1,12 @@
 """Kills at random moments of training, sampling and saving. Prints a table; ends with status 1 if anything was lost.
 
-    OMP_NUM_THREADS=1 python benchmarks/faults.py --kills 60 [--only train sample save]
+    OMP_NUM_THREADS=1 python benchmarks/faults.py --kills 60 [--only train ranks sample save]
 
 Training: a run of 60 steps, with everything on that has a state and two workers, is killed by SIGKILL, SIGTERM or
 SIGINT, the process alone or its whole group, at a random moment, and started again until it is through; its final
 weights and training state must be those of an undisturbed run, bit for bit.
+
+Ranks: the same of two ranks under torchrun; its process, its group or one of the ranks is killed.
 
 Sampling: the same of 200 samples, whose files must be those of an undisturbed call.
 
@@ -167,6 +169,63 @@ def train(kills: int, chance: random.Random) -> Counter[str]:
     return found
 
 
+def ranks(kills: int, chance: random.Random) -> Counter[str]:
+    found: Counter[str] = Counter()
+    base = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tessella",
+            "train", "tiny.toml", "--device", "cpu", "--set", "training.num_workers=0", "--out"]  # fmt: skip
+    subprocess.run([*base, "whole2"], check=True, capture_output=True)
+    expected = final("whole2")
+    run = 0
+    while found["kills"] < kills:
+        run += 1
+        out = f"ranks{run}"
+        while found["kills"] < kills:
+            process = subprocess.Popen(
+                [*base, out], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+            )
+            started = time.monotonic()
+            moment = chance.uniform(0.5, 16.0)
+            while process.poll() is None and time.monotonic() - started < moment:
+                time.sleep(0.05)
+            if process.poll() is not None:
+                break
+            workers, number = children(process.pid), chance.choice(SIGNALS)
+            victims = [process.pid, *workers]
+            os.kill(chance.choice(victims), number)
+            try:
+                process.wait(timeout=90)
+            except subprocess.TimeoutExpired:  # SIGINT or SIGTERM while Python starts
+                process.kill()
+                process.wait()
+            found["kills"] += 1
+            found["processes left"] += any(alive(worker) for worker in workers)
+        subprocess.run([*base, out], check=True, capture_output=True)
+        found["lost or altered"] += final(out) != expected
+        found["temporary files left"] += len(list(Path(out).rglob(".*.tmp")))
+    return found
+
+
+def children(parent: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and f"PPid:\t{parent}\n" in (entry / "status").read_text():
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+def alive(process: int, seconds: float = 30) -> bool:
+    """Whether a process is still there after so long."""
+    end = time.monotonic() + seconds
+    while Path(f"/proc/{process}").exists():
+        if time.monotonic() > end:
+            return True
+        time.sleep(0.1)
+    return False
+
+
 def final(run: str) -> tuple[bytes, str]:
     folder = Path(run, "checkpoints", "step-00000060")
     state = load_state(folder)
@@ -233,7 +292,7 @@ def save(kills: int, chance: random.Random) -> Counter[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=60)
-    parser.add_argument("--only", nargs="*", default=["train", "sample", "save"])
+    parser.add_argument("--only", nargs="*", default=["train", "ranks", "sample", "save"])
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     columns = ("kills", "lost or altered", "processes left", "temporary files left")
@@ -244,7 +303,7 @@ def main() -> None:
         prepare()
         for name in arguments.only:
             started = time.monotonic()
-            found = {"train": train, "sample": sample, "save": save}[name](
+            found = {"train": train, "ranks": ranks, "sample": sample, "save": save}[name](
                 arguments.kills, random.Random(arguments.seed)
             )  # fmt: skip
             bad += sum(found[column] for column in columns[1:])

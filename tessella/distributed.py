@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
@@ -18,6 +19,7 @@ from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 
 from tessella.errors import EndedElsewhere, TessellaError
+from tessella.processes import end_with_parent
 
 T = TypeVar("T")
 
@@ -44,6 +46,9 @@ class Ranks:
     def __enter__(self) -> Ranks:
         """Meet the others."""
         if self.size > 1:
+            if "TORCHELASTIC_RUN_ID" in os.environ:
+                # torchrun gives each rank a session of its own: killed, it would leave them at work.
+                end_with_parent(os.getppid(), signal.SIGTERM)
             self._own = not dist.is_initialized()
             if self._own:
                 on_gpus = torch.cuda.is_available() and dist.is_nccl_available()

@@ -13,18 +13,19 @@ _PR_SET_PDEATHSIG = 1
 _LOOK_EVERY_S = 1.0
 
 
-def end_with_parent(parent: int) -> None:
-    """Let this process die as soon as its parent does.
+def end_with_parent(parent: int, number: signal.Signals = signal.SIGKILL) -> None:
+    """Let this process be ended as soon as its parent is.
 
     Asking the operating system who the parent is would be too late: between a process's start and its first look its
     parent may have been killed, and init have taken it in. So the parent says who it is.
 
     Args:
         parent: process number, as the parent itself knew it.
+        number: the signal that ends it on Linux; elsewhere it just ends.
     """
     if sys.platform == "linux":
         # The kernel's own promise. It holds from here on; what happened before, the look below finds out.
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:
         os._exit(1)
     if sys.platform != "linux":

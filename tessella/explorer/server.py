@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 from collections.abc import Awaitable, Callable
 from importlib import resources
@@ -16,7 +17,7 @@ MAX_BYTES = 16 << 20  # of a request: a picture or a sound
 _PAGES = {"/": ("index.html", "text/html"), "/app.js": ("app.js", "text/javascript"),
           "/style.css": ("style.css", "text/css")}  # fmt: skip
 _POLICY = "default-src 'self'; img-src 'self' data: blob:; media-src data: blob:; style-src 'self' 'unsafe-inline'"
-_LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
+_LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
 def application(session: Session, *, hosts: tuple[str, ...] = _LOOPBACK) -> Any:
@@ -35,9 +36,9 @@ def application(session: Session, *, hosts: tuple[str, ...] = _LOOPBACK) -> Any:
 
     def answered(action: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
         async def respond(request: Request) -> Response:
-            host = (request.headers.get("host") or "").rsplit(":", 1)[0] or ""
-            origin = request.headers.get("origin")
-            if host not in hosts or (origin is not None and origin.split("//")[-1].rsplit(":", 1)[0] not in hosts):
+            place = request.headers.get("host", "")
+            origin = request.headers.get("origin", f"http://{place}")
+            if re.sub(r":\d+$", "", place) not in hosts or origin != f"http://{place}":
                 return JSONResponse({"refused": "this page answers to its own machine alone"}, 403)
             try:
                 return await action(request)

@@ -198,7 +198,10 @@ def test_refusals(page: Any, session: Session) -> None:
     assert "no example" in refused(page.get("/api/examples/99999"))
     for host in ("evil.example", "127.0.0.1.evil.example"):
         assert "own machine" in refused(client(session, host).get("/api/about"), 403)
-    assert "own machine" in refused(page.post("/api/sample", json={}, headers={"origin": "https://evil.example"}), 403)
+    for origin in ("https://evil.example", "http://127.0.0.1:3000", "null"):
+        assert "own machine" in refused(page.post("/api/sample", json={}, headers={"origin": origin}), 403)
+    assert page.get("/api/about", headers={"origin": "http://127.0.0.1:8765"}).status_code == 200
+    assert client(session, "[::1]").get("/api/about").status_code == 200
     alone = client(Session("", tiny_tokenizer(), ImageMedium(), None, None))
     assert "no generator" in refused(alone.post("/api/sample", json={}))
 
