@@ -2,11 +2,15 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from tessella.config import build
@@ -86,3 +90,35 @@ def test_a_missing_column_is_named(repo: str) -> None:
         Hub(repo, split="train", image_column="img")
     with pytest.raises(DataError, match="has no label_column 'fine'; its columns: image, label"):
         Hub(repo, split="train", label_column="fine")
+
+
+def test_a_stream_gives_the_same_rows(repo: str, tmp_path: Path) -> None:
+    announced = tmp_path / "announced"
+    shutil.copytree(repo, announced)
+    counts = {"train": 5, "validation": 4}
+    splits = [{"name": name, "num_bytes": 1, "num_examples": count} for name, count in counts.items()]
+    (announced / "README.md").write_text(f"---\ndataset_info:\n  splits: {json.dumps(splits)}\n---\n")
+    streamed, mapped = Hub(str(announced), split="train", streaming=True), Hub(repo, split="train")
+    assert len(streamed) == 5
+    assert streamed.class_names == ("cat", "dog")
+    for index in (0, 1, 2, 4, 1, 3):
+        assert torch.equal(streamed[index]["x"], mapped[index]["x"])
+        assert streamed[index]["label"] == mapped[index]["label"]
+    (batch,) = evaluation_batches(pickle.loads(pickle.dumps(streamed)), batch_size=5)
+    assert batch["label"].tolist() == [0, 1, 0, 1, 0]
+    with pytest.raises(DataError, match="the stream ends before row 3, although 4 rows were announced"):
+        Hub(str(announced), split="test", streaming=True).read(3)
+
+
+def test_a_stream_of_unknown_length_is_refused(repo: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    load = datasets.load_dataset
+
+    def silent(*names: Any, **options: Any) -> Any:
+        rows = load(*names, **options)
+        rows.info.splits = None
+        return rows
+
+    monkeypatch.setattr(datasets, "load_dataset", silent)
+    with pytest.raises(DataError, match="does not say how many rows its split 'train' has; set streaming = false"):
+        Hub(repo, split="train", streaming=True)
