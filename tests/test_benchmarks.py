@@ -34,3 +34,11 @@ def test_a_part_that_fails_loses_its_own_row_alone(tmp_path: Path) -> None:
     assert done.returncode == 1
     found = json.loads((tmp_path / "gpu.json").read_text())["parts"]
     assert [row["failed"] for row in found.values()] == ["TimeoutError: no time left of 0.0 minutes"] * 2
+
+
+def test_the_loop_is_timed_beside_the_bare_step(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks/train_loop.py"), "--steps", "4", "--rounds", "1", "--out",
+               str(tmp_path), "--set", "data.crop_px=16", "--set", "training.batch_size=2"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, env=single_threaded(), timeout=600, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((tmp_path / "train_loop.json").read_text())["medians"]["ratio_cpu_s"] > 0
