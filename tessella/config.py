@@ -232,6 +232,11 @@ def with_defaults(recipe: Spec) -> Spec:
     return filled
 
 
+def medium_of(recipe: Spec | None) -> Any:
+    """The medium of a tokenizer with this recipe; pictures where it names none."""
+    return build("media", (recipe or {}).get("medium", {"name": "image"}))
+
+
 def _table(recipe: Spec, section: str) -> Spec:
     table = recipe.get(section, {})
     if not isinstance(table, dict):

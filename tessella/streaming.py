@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -46,13 +45,13 @@ class Stream:
         if tokenizer.autoencoder.chunks_encoder:
             memory: Memory = {}
             for x in _regrouped(pieces, self.chunk * stride):
-                with self._inference():
+                with self.tokenizer.inference():
                     latent = tokenizer.autoencoder.encode_chunk(tokenizer.pad(x), memory)
                     indices = tokenizer.quantizer(tokenizer.to_code(latent)).indices
                 yield indices
             return
         for x, before, kept in _windows(pieces, self.chunk * stride, self.context * stride):
-            with self._inference():
+            with self.tokenizer.inference():
                 indices = tokenizer.encode(x, pad=True)
             first, count = before // stride, -(-kept // stride)
             yield indices[:, first : first + count]
@@ -64,24 +63,14 @@ class Stream:
         if autoencoder.chunks_decoder:
             memory: Memory = {}
             for indices in _regrouped(turned, self.chunk):
-                with self._inference():
+                with self.tokenizer.inference():
                     x_hat = autoencoder.decode_chunk(self._latents(indices), memory)
                 yield x_hat
             return
         for indices, before, kept in _windows(turned, self.chunk, self.context):
-            with self._inference():
+            with self.tokenizer.inference():
                 x_hat = autoencoder.decode(self._latents(indices))
             yield x_hat[..., before * autoencoder.stride : (before + kept) * autoencoder.stride]
-
-    @contextmanager
-    def _inference(self) -> Iterator[None]:
-        was_training = self.tokenizer.training
-        self.tokenizer.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            self.tokenizer.train(was_training)
 
     def _latents(self, indices: Tensor) -> Tensor:
         """Of ``[B, K, t]``."""

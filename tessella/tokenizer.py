@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
 
 from tessella.autoencoders.base import Autoencoder
-from tessella.config import Configurable
+from tessella.config import Configurable, medium_of
+from tessella.described import Described, parts, size
 from tessella.quantizers.base import Quantized, Quantizer
 from tessella.registry import Spec
 
@@ -47,7 +49,7 @@ class TokenSpace:
         return math.prod(self.grid) * self.num_codebooks
 
 
-class Tokenizer(Configurable, nn.Module):
+class Tokenizer(Described, Configurable, nn.Module):
     """Signals to tokens and back.
 
     Args:
@@ -70,6 +72,11 @@ class Tokenizer(Configurable, nn.Module):
             )
         self.to_code: nn.Module = nn.Linear(features, dim) if projection else nn.Identity()
         self.from_code: nn.Module = nn.Linear(dim, features) if projection else nn.Identity()
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor, context: Tensor | None = None) -> Reconstruction:
+            """See :meth:`forward`."""
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Reconstruction:
         """The training path: ``x [B, C, *X]`` in [-1, 1] to its reconstruction, gradients included.
@@ -111,6 +118,50 @@ class Tokenizer(Configurable, nn.Module):
         window: list[slice] = [slice(None), slice(None), *map(slice, extent)]
         return x_hat[tuple(window)]
 
+    @overload
+    def reconstruct(self, signal: Tensor, *, out: str | Path | None = None) -> Tensor: ...
+    @overload
+    def reconstruct(self, signal: Any, *, out: str | Path | None = None) -> Any: ...
+    def reconstruct(self, signal: Any, *, out: str | Path | None = None) -> Any:
+        """What is left of a signal of any size, encoded and decoded in eval mode and without gradients.
+
+        Args:
+            signal: the path of a file; a tensor ``[C, *X]`` in [-1, 1]; or what else the medium of this tokenizer
+                accepts, see :meth:`tessella.media.base.Medium.accept`.
+            out: also write it to this file.
+
+        Returns:
+            ``[C, *X]`` for a tensor, on its device; of anything else what
+            :meth:`tessella.media.base.Medium.present` makes of it.
+
+        Raises:
+            DataError: the file is none of this medium, or damaged.
+            TypeError: something that the medium does not accept.
+            ValueError: another number of channels, ``out`` with another ending than the medium's files have, or an
+                autoencoder that needs a context beside the signal.
+        """
+        medium = medium_of(self.recipe)
+        if out is not None and Path(out).suffix != medium.suffix:
+            raise ValueError(f"out must end in {medium.suffix}, got {out}")
+        x: Tensor = medium.accept(signal)
+        with self.inference():
+            indices = self.encode(x[None].to(self.device), pad=True)
+            x_hat = self.decode(indices, extent=x.shape[1:])[0].to(x.device)
+        if out is not None:
+            medium.write(x_hat, Path(out))
+        return x_hat if isinstance(signal, Tensor) else medium.present(x_hat)
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """Eval mode, whatever mode it is in, and no gradients."""
+        was_training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.train(was_training)
+
     def pad(self, x: Tensor) -> Tensor:
         """``x`` with its last samples repeated until every side is a multiple of the stride."""
         missing = [-size % self.autoencoder.stride for size in x.shape[2:]]
@@ -123,6 +174,34 @@ class Tokenizer(Configurable, nn.Module):
 
         grid = self.autoencoder.latent_grid(*extent)
         return TokenSpace(grid, self.quantizer.num_codebooks, self.quantizer.codebook_size, fingerprint(self))
+
+    @property
+    def bits_per_sample(self) -> float:
+        """Length of the tokens as fixed-length codes: ``K log2(V) prod(S) / prod(X)`` bits for each of the X.
+
+        Where the number of tokens does not grow with the signal, that of a signal of one stride.
+        """
+        axes, stride = self.autoencoder.num_axes, self.autoencoder.stride
+        positions = math.prod(self.autoencoder.latent_grid(*[stride] * axes))
+        bits = positions * self.quantizer.num_codebooks * math.log2(self.quantizer.codebook_size)
+        return bits / math.prod([stride] * axes)
+
+    def facts(self) -> dict[str, str]:
+        """See :class:`Described`."""
+        autoencoder, quantizer = self.autoencoder, self.quantizer
+        several = f"{quantizer.num_codebooks} codebooks of " if quantizer.num_codebooks > 1 else ""
+        facts = {
+            "autoencoder": f"{type(autoencoder).__name__}, in_channels {autoencoder.in_channels}, "
+                           f"stride {autoencoder.stride}: {parts(autoencoder)}",
+            "quantizer": f"{type(quantizer).__name__}, {several}{quantizer.codebook_size:,} codes, {quantizer.dim} "
+                         f"dimensions: {size(quantizer)}",
+            "in all": size(self),
+        }  # fmt: skip
+        with suppress(NotImplementedError):
+            metrics = medium_of(self.recipe).metrics()
+            rate = self.bits_per_sample * metrics.bits_scale
+            facts["tokens"] = f"{rate:.4g} {metrics.bits_name.replace('_', ' ')}, as codes of fixed length"
+        return facts
 
     def stream(self, *, chunk: int = 750, context: int = 75) -> Stream:
         """Encoding and decoding of one-dimensional signals of any length in chunks; see :class:`Stream`."""

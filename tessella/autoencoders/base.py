@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from tessella.config import Configurable
 
+_CONVOLUTIONS: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+
 # What each layer keeps from one chunk of a stream to the next; filled by the first chunk.
 Memory = dict[nn.Module, tuple[Tensor, ...]]
 
@@ -70,6 +72,14 @@ class Autoencoder(Configurable, nn.Module, ABC):
     @abstractmethod
     def last_layer(self) -> nn.Parameter:
         """The decoder's last weight, where adaptive adversarial weighting measures gradients."""
+
+    @property
+    def num_axes(self) -> int:
+        """The number of axes X of a signal: those of the first convolution, unless overridden."""
+        axes = next((_CONVOLUTIONS[type(part)] for part in self.modules() if type(part) in _CONVOLUTIONS), None)
+        if axes is None:
+            raise NotImplementedError(f"{type(self).__name__} has no convolution; it must define num_axes")
+        return axes
 
     def latent_grid(self, *extent: int) -> tuple[int, ...]:
         """The latent grid S of a signal of ``extent`` samples along each axis."""

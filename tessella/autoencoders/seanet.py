@@ -111,6 +111,11 @@ class SEANet(Autoencoder):
         """Directions of the last convolution."""
         return self.decoder.last.direction
 
+    @property
+    def num_axes(self) -> int:
+        """Time alone."""
+        return 1
+
     def latent_grid(self, *extent: int) -> tuple[int, ...]:
         """``(ceil(T / stride),)``."""
         return tuple(-(-size // self.stride) for size in extent)

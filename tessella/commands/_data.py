@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
-from tessella.config import build, build_section
+from tessella import config
+from tessella.config import build_section
 from tessella.data.base import Batch, Samples, SkipBudget, Split
 from tessella.data.loader import ahead, evaluation_batches
 from tessella.data.tokens import MANIFEST
@@ -119,13 +120,11 @@ def named(section: Spec, split: str) -> str:
 
 
 def medium_of(tokenizer: Tokenizer, section: Spec | None = None) -> Medium:
-    """What the signals of a tokenizer are: as its recipe says, or the data it is applied to; else pictures."""
+    """What the signals of a tokenizer are: as its recipe says, or the data it is applied to."""
     recipe = tokenizer.recipe or {}
-    if "medium" in recipe:
-        spec = recipe["medium"]
-    else:
-        spec = source_class(section["name"]).medium_spec(section) if section else {"name": "image"}
-    medium: Medium = build("media", spec)
+    if "medium" not in recipe and section:
+        recipe = {"medium": source_class(section["name"]).medium_spec(section)}
+    medium: Medium = config.medium_of(recipe)
     return medium
 
 

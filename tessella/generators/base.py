@@ -5,11 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from tessella.config import Configurable
+from tessella.described import Described, parts, size
 from tessella.generators.sampling import Rng
 from tessella.registry import Spec
 from tessella.tokenizer import TokenSpace
@@ -28,7 +30,7 @@ class Loss:
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Generator(Configurable, nn.Module, ABC):
+class Generator(Described, Configurable, nn.Module, ABC):
     """A distribution over the tokens of a :class:`TokenSpace`, under a condition; it never sees a picture.
 
     Args:
@@ -44,6 +46,11 @@ class Generator(Configurable, nn.Module, ABC):
         super().__init__()
         self.space = space
         self.register_buffer("_beyond", None, persistent=False)
+
+    if TYPE_CHECKING:
+
+        def __call__(self, indices: Tensor, condition: Tensor | None) -> Loss:
+            """See :meth:`forward`."""
 
     @abstractmethod
     def forward(self, indices: Tensor, condition: Tensor | None) -> Loss:
@@ -130,6 +137,17 @@ class Generator(Configurable, nn.Module, ABC):
         if (known < -1).any():
             raise ValueError(f"known tokens must be at least -1, which is to be drawn, got {int(known.min())}")
         self.check_indices(known.clamp(min=0))
+
+    def facts(self) -> dict[str, str]:
+        """See :class:`Described`."""
+        grid, codebooks = " x ".join(map(str, self.space.grid)), self.space.num_codebooks
+        return {
+            "tokens": f"{grid} of {self.space.codebook_size:,} codes"
+            + (f" in each of {codebooks} codebooks" if codebooks > 1 else ""),
+            "of tokenizer": self.space.fingerprint,
+            "parts": parts(self),
+            "in all": size(self),
+        }
 
     def check_indices(self, indices: Tensor) -> None:
         """Refuse indices that are not of this generator's token space.

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from tessella.autoencoders.base import Autoencoder
 from tessella.checkpoint import load, load_recipe, model_folder
 from tessella.extras import require
 from tessella.interop.reading import ConversionError
@@ -25,7 +24,6 @@ Target = Literal["onnx", "torch"]
 _SUFFIX = {"onnx": ".onnx", "torch": ".pt2"}
 _AXES = ("rows", "columns", "planes")
 _EXAMPLE = (2, 3, 4)  # positions along each axis of the example; different, so that no two sizes are taken for one
-_CONVOLUTIONS: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 
 
 def export(model: Path, *, to: Target, out: Path) -> Path:
@@ -78,7 +76,7 @@ class _Decode(_Encode):
 
 def _programs(tokenizer: Tokenizer, model: Path, *, plain_attention: bool) -> dict[str, ExportedProgram]:
     autoencoder = tokenizer.autoencoder
-    axes, stride = _num_axes(autoencoder), autoencoder.stride
+    axes, stride = autoencoder.num_axes, autoencoder.stride
     grid = autoencoder.latent_grid(*(stride * size for size in _EXAMPLE[:axes]))
     batch: Any = Dim("batch", min=1)
     encoded: dict[int, Any] = {0: batch}
@@ -101,11 +99,6 @@ def _programs(tokenizer: Tokenizer, model: Path, *, plain_attention: bool) -> di
             raise ConversionError(f"{model}: {name} cannot be traced: {reason}") from error
         programs[name] = _standing_alone(program, plain_attention=plain_attention)
     return programs
-
-
-def _num_axes(autoencoder: Autoencoder) -> int:
-    """The rank of a signal: that of the first convolution."""
-    return next(_CONVOLUTIONS[type(part)] for part in autoencoder.modules() if type(part) in _CONVOLUTIONS)
 
 
 def _standing_alone(program: ExportedProgram, *, plain_attention: bool) -> ExportedProgram:

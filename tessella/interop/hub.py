@@ -30,7 +30,7 @@ from tessella.checkpoint import (
     model_folder,
     tokenizer_folder,
 )
-from tessella.config import build
+from tessella.config import medium_of
 from tessella.extras import require
 from tessella.generators.base import Generator
 from tessella.interop.convert import SUFFIXES, convert
@@ -221,7 +221,7 @@ def _stage(
     write_checksums(stage)
     (stage / _CARD).write_text(card, encoding="utf-8")
     (stage / _EVALUATION).write_text(json.dumps(evaluation, indent=2) + "\n", encoding="utf-8")
-    medium: Medium = build("media", recipe.get("medium", {"name": "image"}))
+    medium: Medium = medium_of(recipe)
     medium.preview(rows, stage / _GRID)
 
 

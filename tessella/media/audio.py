@@ -59,6 +59,24 @@ class Audio(Medium):
             samples = sound.read(0, sound.num_frames, self.sample_rate)
         return torch.from_numpy(np.clip(samples, -1, 1))[None].expand(self.channels, -1)
 
+    def accept(self, signal: Any) -> Tensor:
+        """A file's path, a tensor ``[C, T]``, or a pair (waveform ``[T]`` or ``[C, T]``, its rate in Hz).
+
+        Raises:
+            ValueError: a waveform of another rate.
+        """
+        if not isinstance(signal, tuple):
+            return super().accept(signal)
+        waveform, rate = signal
+        if rate != self.sample_rate:
+            raise ValueError(f"expected a waveform of {self.sample_rate} Hz, got one of {rate}; files are resampled")
+        x = torch.as_tensor(waveform, dtype=torch.float32)
+        return x[None] if x.ndim == 1 else x
+
+    def present(self, x: Tensor) -> tuple[Tensor, int]:
+        """The waveform ``[C, T]`` and its rate in Hz."""
+        return x, self.sample_rate
+
     def write(self, x: Tensor, path: Path) -> None:
         """Clamped to [-1, 1] and rounded to 16 bits."""
         write_bytes(path, wav(x, self.sample_rate))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -62,6 +63,23 @@ class Medium(Configurable, ABC):
     @abstractmethod
     def write(self, x: Tensor, path: Path) -> None:
         """Write a signal ``[C, *X]`` to a file that ends in :attr:`suffix` and appears complete or not at all."""
+
+    def accept(self, signal: Any) -> Tensor:
+        """The signal ``[C, *X]`` in what a caller has: the path of a file, or the tensor itself.
+
+        Raises:
+            DataError: see :meth:`read`.
+            TypeError: neither of the two.
+        """
+        if isinstance(signal, Tensor):
+            return signal
+        if isinstance(signal, (str, os.PathLike)):
+            return self.read(Path(signal))
+        raise TypeError(f"expected a file's path or a tensor [C, *X], got {type(signal).__name__}")
+
+    def present(self, x: Tensor) -> Any:
+        """A signal ``[C, *X]`` in the form in which other programs expect one: the tensor, unless overridden."""
+        return x
 
     @abstractmethod
     def metrics(self, *, weights: Path | None = None, **options: Any) -> Metrics:

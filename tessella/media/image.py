@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, get_args
 
 import numpy as np
+import PIL.Image
 import torch
 from torch import Tensor
 
@@ -64,19 +65,37 @@ class Image(Medium):
 
     def read(self, path: Path) -> Tensor:
         """A picture file in any format that data sets read."""
-        return to_tensor(decode(path, str(path), channels=self.channels, bit_depth=self.bit_depth))
+        return self._decoded(path, str(path))
 
     def write(self, x: Tensor, path: Path) -> None:
         """Clamped to [-1, 1] and rounded to the bit depth."""
+        pixels = self._pixels(x)
+        write_bytes(path, png(pixels) if self.suffix == ".png" else _npy(pixels))
+
+    def accept(self, signal: Any) -> Tensor:
+        """A file's path, a tensor ``[C, H, W]``, a Pillow image, or an array ``[H, W]``, ``[H, W, C]`` or
+        ``[C, H, W]`` of uint8 or uint16; channels and depth are converted as those of files are.
+        """
+        if isinstance(signal, PIL.Image.Image):
+            stream = io.BytesIO()
+            (signal.convert("RGB") if signal.mode in ("CMYK", "YCbCr", "LAB", "HSV") else signal).save(stream, "PNG")
+            return self._decoded(stream.getvalue(), "the image")
+        return self._decoded(_npy(signal), "the array") if isinstance(signal, np.ndarray) else super().accept(signal)
+
+    def present(self, x: Tensor) -> PIL.Image.Image | Array:
+        """A Pillow image, or an array ``[H, W, C]`` of pixels that Pillow has none of."""
+        pixels = self._pixels(x)
+        return PIL.Image.fromarray(pixels) if self.suffix == ".png" else pixels
+
+    def _decoded(self, source: Path | bytes, key: str) -> Tensor:
+        return to_tensor(decode(source, key, channels=self.channels, bit_depth=self.bit_depth))
+
+    def _pixels(self, x: Tensor) -> Array:
+        """``[H, W, C]``, or ``[H, W]`` of one channel that Pillow takes."""
         largest = 2**self.bit_depth - 1
         levels = ((x.detach().float().cpu().clamp(-1, 1) + 1) * (largest / 2)).round().permute(1, 2, 0).numpy()
-        pixels = levels.astype(np.uint8 if self.bit_depth == 8 else np.uint16)
-        if self.suffix == ".png":
-            write_bytes(path, png(pixels[:, :, 0] if self.channels == 1 else pixels))
-        else:
-            stream = io.BytesIO()
-            np.save(stream, pixels)
-            write_bytes(path, stream.getvalue())
+        pixels: Array = levels.astype(np.uint8 if self.bit_depth == 8 else np.uint16)
+        return pixels[:, :, 0] if self.channels == 1 else pixels
 
     def metrics(self, *, weights: Path | None = None, **options: Any) -> Metrics:
         """PSNR, SSIM and, with ``weights``, LPIPS.
@@ -155,6 +174,12 @@ class Image(Medium):
         path = stem.with_name(f"{stem.name}.png")
         save_image_grid(shown(torch.cat(list(rows))), path, columns=len(rows[0]) if len(rows) > 1 else None)
         return path
+
+
+def _npy(pixels: Array) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, pixels)
+    return stream.getvalue()
 
 
 def _coded(codec: str, x: Tensor, budget: float) -> Coded:

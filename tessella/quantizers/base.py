@@ -6,7 +6,7 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +81,11 @@ class Quantizer(Configurable, nn.Module, ABC):
         Returns ``z_q [N, D]``, ``indices [N, K]``, the loss and the rule's own metrics; :meth:`forward` adds ``usage``
         and ``perplexity`` and restores the leading axes and the dtype.
         """
+
+    if TYPE_CHECKING:
+
+        def __call__(self, z: Tensor, mask: Tensor | None = None) -> Quantized:
+            """See :meth:`forward`."""
 
     def forward(self, z: Tensor, mask: Tensor | None = None) -> Quantized:
         """Quantize the last axis of ``z``.
