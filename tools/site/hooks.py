@@ -1,0 +1,169 @@
+"""What the documentation's build adds to the files of ``docs/``: generated pages, equations, links out of the folder."""
+
+from __future__ import annotations
+
+import html
+import inspect
+import posixpath
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import typer.main
+from latex2mathml.converter import convert
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+from tessella.cli.app import app
+from tessella.recipe import read_recipe, recipe_names, recipe_summary
+from tessella.registry import FAMILIES, names, summary
+
+ROOT = Path(__file__).parents[2]
+COMMAND_LINE, RECIPES = "reference/command-line.md", "reference/recipes.md"
+# What stands outside docs/ and is read on the site too; the page keeps the file's path below project/.
+OUTSIDE = ("ARCHITECTURE.md", "CHANGELOG.md", "LOG.md", "benchmarks/results/*.md")
+
+_LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
+_CODE = re.compile(r"(^ *```.*?^ *```|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
+_EQUATION = re.compile(r'<(span|div) class="arithmatex">\s*(?:\\\(|\\\[)(.*?)(?:\\\)|\\\])\s*</\1>', re.DOTALL)
+
+
+def outside() -> list[str]:
+    """The files of :data:`OUTSIDE`, by their path in the repository."""
+    return sorted(file.relative_to(ROOT).as_posix() for pattern in OUTSIDE for file in ROOT.glob(pattern))
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages that no file of ``docs/`` holds."""
+    pages = {
+        COMMAND_LINE: command_line(),
+        RECIPES: recipes(),
+        **{f"project/{path}": (ROOT / path).read_text(encoding="utf-8") for path in outside()},
+    }
+    for path, content in pages.items():
+        files.append(File.generated(config, path, content=content))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+    """Links to files of the repository lead to their page on the site; a file that has none is named."""
+    source = page.file.src_uri
+    where = source.removeprefix("project/") if source.startswith("project/") else f"docs/{source}"
+    pieces = _CODE.split(markdown)
+    pieces[::2] = [_LINK.sub(lambda match: _redirected(match, source, where), piece) for piece in pieces[::2]]
+    return "".join(pieces)
+
+
+def _redirected(match: re.Match[str], source: str, where: str) -> str:
+    mark, text, target, anchor = match.groups()
+    if ":" in target:
+        return match[0]
+    path = posixpath.normpath(posixpath.join(posixpath.dirname(where), target))
+    if path == "README.md":
+        path = "docs/index.md"
+    if path.startswith("docs/"):
+        page = path.removeprefix("docs/")
+    elif path in outside():
+        page = f"project/{path}"
+    elif (ROOT / path).exists():
+        return f"{text} (`{path}`)"
+    else:
+        return match[0]
+    return f"{mark}[{text}]({posixpath.relpath(page, posixpath.dirname(source) or '.')}{anchor or ''})"
+
+
+def on_page_content(html_text: str, **_: Any) -> str:
+    """Equations as MathML, which browsers show without a script."""
+
+    def made(match: re.Match[str]) -> str:
+        display = "block" if match[1] == "div" else "inline"
+        return convert(html.unescape(match[2]).strip(), display=display)
+
+    return _EQUATION.sub(made, html_text)
+
+
+def command_line() -> str:
+    """The page of all commands, from the application itself."""
+    root = typer.main.get_command(app)
+    lines = ["# Command line", "", inspect.cleandoc(root.help or ""), "",
+             "Status 0 is success, 2 what was refused (one line says what and why), 128 + n what signal n ended. "
+             "`TESSELLA_TRACEBACK=1` in the environment shows the traceback too.", ""]  # fmt: skip
+    for name, command in sorted(_commands(root, "tessella")):
+        lines += [f"## {name}", "", inspect.cleandoc(command.help or ""), "", "```text", _usage(name, command), "```",
+                  "", "| argument | default | what |", "|---|---|---|"]  # fmt: skip
+        lines += [_row(parameter) for parameter in command.params if parameter.name != "help"]
+        lines += [""]
+    return "\n".join(lines)
+
+
+def _commands(command: Any, name: str) -> Iterator[tuple[str, Any]]:
+    inner = getattr(command, "commands", None)
+    if inner is None:
+        yield name, command
+    else:
+        for word, one in inner.items():
+            yield from _commands(one, f"{name} {word}")
+
+
+def _usage(name: str, command: Any) -> str:
+    arguments = [
+        f"{_metavar(one)}{' ...' if one.nargs == -1 else ''}" for one in command.params
+        if one.param_type_name == "argument"
+    ]  # fmt: skip
+    required = [f"{one.opts[0]} {_metavar(one)}" for one in command.params if one.param_type_name == "option" and one.required]
+    return " ".join([name, *arguments, *required, "[OPTIONS]"])
+
+
+def _metavar(parameter: Any) -> str:
+    return str(parameter.metavar or parameter.name).upper().rstrip("_")
+
+
+def _row(parameter: Any) -> str:
+    if parameter.param_type_name == "argument":
+        name = f"`{_metavar(parameter)}`"
+    else:
+        value = "" if parameter.is_flag else f" {_metavar(parameter)}"
+        name = f"`{', '.join(parameter.opts)}{value}`"
+    choices = getattr(parameter.type, "choices", None)
+    what = (parameter.help or "").replace("|", "\\|") + (f" One of: {', '.join(map(str, choices))}." if choices else "")
+    default = parameter.default
+    shown = "required" if parameter.required else "" if default in (None, False, "") or callable(default) else f"`{default}`"
+    return f"| {name} | {shown} | {what} |"
+
+
+def recipes() -> str:
+    """The page of the recipes, from the comments at the head of their files, and of what a recipe can name."""
+    lines = ["# Recipes", "", "One file for each thing one can train, in `tessella/recipes`; `tessella list recipes` "
+             "prints their names. The command `tessella train NAME` takes one, and `--set section.key=value` changes "
+             "it.", ""]  # fmt: skip
+    for kind in ("Tokenizers", "Generators"):
+        lines += [f"## {kind}", ""]
+        for name in recipe_names():
+            if ("generator" in read_recipe(name)) == (kind == "Generators"):
+                lines += [f"### {name}", "", recipe_summary(name), "", *_about(name), ""]
+    lines += ["## What a recipe can name", ""]
+    for family in FAMILIES:
+        lines += [f"### {family}", "", "| name | what |", "|---|---|"]
+        lines += [f"| `{name}` | {summary(family, name).replace('``', '`').replace('|', '&#124;')} |" for name in names(family)]
+        lines += [""]
+    return "\n".join(lines)
+
+
+def _about(name: str) -> list[str]:
+    """The further comments at a recipe's head."""
+    text = (ROOT / "tessella/recipes" / f"{name}.toml").read_text(encoding="utf-8").split("\n")[1:]
+    about = []
+    for line in text:
+        if not line.startswith("#"):
+            break
+        word, colon, rest = line.removeprefix("#").strip().partition(": ")
+        if colon and word == "Command":
+            about += ["", "```sh", rest, "```"]
+        else:
+            about.append(f"{word}{colon}{rest}  ")
+    return about
+
+
+__all__ = ["command_line", "on_files", "on_page_content", "on_page_markdown", "recipes"]
