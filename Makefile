@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: quickstart test check format bench clean
+.PHONY: quickstart test check format bench docs clean
 
 quickstart: $(VENV)/.user
 	$(BIN)/tessella quickstart --out quickstart
@@ -23,6 +23,9 @@ format: $(VENV)/.developer
 bench: $(VENV)/.benchmarks
 	for each in quantizers large_codebook train_step linear sampling; do $(BIN)/python benchmarks/$$each.py || exit 1; done
 
+docs: $(VENV)/.documentation
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 $(VENV)/.user: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[eval,track]'
@@ -36,5 +39,9 @@ $(VENV)/.benchmarks: $(VENV)/.developer
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[bench]'
 	touch $@
 
+$(VENV)/.documentation: $(VENV)/.user
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist quickstart *.egg-info
+	rm -rf $(VENV) build dist quickstart site *.egg-info

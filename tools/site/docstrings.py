@@ -9,6 +9,8 @@ import griffe
 
 _ROLE = re.compile(r":(?:class|meth|func|data|mod|attr|exc):`(~?)([^`<>]+)`")
 _MATH_ROLE = re.compile(r":math:`([^`]+)`")
+# "a, b: what both are" among arguments: names, over as many lines as they take, and all that is said of them.
+_NAMES = re.compile(r"^( {4,})(\w+(?:,\s+\w+)+):(.*(?:\n\1 +\S.*)*)", re.MULTILINE)
 _MATH = re.compile(r"^( *)\.\. math::[ ]*(.*)$")
 _RULE = re.compile(r"^( *)=+(?: +=+)+ *$")
 
@@ -20,6 +22,7 @@ def to_markdown(text: str, owner: str) -> str:
         text: a docstring whose lines begin at the margin.
         owner: path of the object it is of, where names without a package are looked for.
     """
+    text = _NAMES.sub(_one_by_one, text)
     text = _ROLE.sub(lambda match: _reference(match[2], owner, short=bool(match[1])), text)
     text = _MATH_ROLE.sub(r"$\1$", text)
     lines = text.split("\n")
@@ -49,8 +52,14 @@ def to_markdown(text: str, owner: str) -> str:
     return "\n".join(made)
 
 
+def _one_by_one(match: re.Match[str]) -> str:
+    """The arguments that share a description, each with it."""
+    indent, names, what = match.groups()
+    return "\n".join(f"{indent}{name}: {' '.join(what.split())}" for name in re.split(r",\s+", names))
+
+
 def _indented(lines: list[str], indent: int) -> list[str]:
-    """Take the lines that belong to a block: blank ones and those further to the right, without blank ones at the end."""
+    """Take the lines that belong to a block: those further to the right, and blank ones between them."""
     body: list[str] = []
     while lines and (not lines[0].strip() or len(lines[0]) - len(lines[0].lstrip()) > indent):
         body.append(lines.pop(0))

@@ -1,4 +1,4 @@
-"""What the documentation's build adds to the files of ``docs/``: generated pages, equations, links out of the folder."""
+"""What the build of the documentation adds to the files of ``docs/``: pages, equations, links out of the folder."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import html
 import inspect
 import posixpath
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-import typer.main
+import typer
+import typer.models
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -86,51 +88,59 @@ def on_page_content(html_text: str, **_: Any) -> str:
 
 def command_line() -> str:
     """The page of all commands, from the application itself."""
-    root = typer.main.get_command(app)
-    lines = ["# Command line", "", inspect.cleandoc(root.help or ""), "",
+    lines = ["# Command line", "", app.info.help, "",
              "Status 0 is success, 2 what was refused (one line says what and why), 128 + n what signal n ended. "
              "`TESSELLA_TRACEBACK=1` in the environment shows the traceback too.", ""]  # fmt: skip
-    for name, command in sorted(_commands(root, "tessella")):
-        lines += [f"## {name}", "", inspect.cleandoc(command.help or ""), "", "```text", _usage(name, command), "```",
-                  "", "| argument | default | what |", "|---|---|---|"]  # fmt: skip
-        lines += [_row(parameter) for parameter in command.params if parameter.name != "help"]
+    for name, function in sorted(commands(app, "tessella")):
+        arguments = _arguments(function)
+        needed = [one.usage for one in arguments if one.default == "required"]
+        lines += [f"## {name}", "", inspect.getdoc(function) or "", "", "```text",
+                  " ".join([name, *needed, "[OPTIONS]"]), "```", "", "| argument | default | what |",
+                  "|---|---|---|"]  # fmt: skip
+        lines += [f"| `{one.name}` | {one.default} | {one.what} |" for one in arguments]
         lines += [""]
     return "\n".join(lines)
 
 
-def _commands(command: Any, name: str) -> Iterator[tuple[str, Any]]:
-    inner = getattr(command, "commands", None)
-    if inner is None:
-        yield name, command
+def commands(application: typer.Typer, name: str) -> Iterator[tuple[str, Callable[..., None]]]:
+    """Every command by what is typed, and the function that it is."""
+    for command in application.registered_commands:
+        if command.callback is not None:
+            yield f"{name} {command.name or command.callback.__name__.replace('_', '-')}", command.callback
+    for group in application.registered_groups:
+        if group.typer_instance is not None:
+            yield from commands(group.typer_instance, f"{name} {group.name}" if isinstance(group.name, str) else name)
+
+
+class _Argument(NamedTuple):
+    name: str
+    usage: str
+    default: str
+    what: str
+
+
+def _arguments(function: Callable[..., None]) -> list[_Argument]:
+    hints = get_type_hints(function, include_extras=True)
+    return [_argument(name, hints[name], one.default) for name, one in inspect.signature(function).parameters.items()]
+
+
+def _argument(name: str, hint: Any, default: Any) -> _Argument:
+    kind, info = get_args(hint)
+    kinds = (
+        [one for one in get_args(kind) if one is not type(None)] if get_origin(kind) in (Union, UnionType) else [kind]
+    )
+    choices = get_args(kinds[0]) if get_origin(kinds[0]) is Literal else ()
+    value = info.metavar or ("|".join(choices) if choices else name.rstrip("_").upper())
+    is_list = get_origin(kinds[0]) is list
+    if isinstance(info, typer.models.ArgumentInfo):
+        shown = usage = f"{value} ..." if is_list else value
     else:
-        for word, one in inner.items():
-            yield from _commands(one, f"{name} {word}")
-
-
-def _usage(name: str, command: Any) -> str:
-    arguments = [
-        f"{_metavar(one)}{' ...' if one.nargs == -1 else ''}" for one in command.params
-        if one.param_type_name == "argument"
-    ]  # fmt: skip
-    required = [f"{one.opts[0]} {_metavar(one)}" for one in command.params if one.param_type_name == "option" and one.required]
-    return " ".join([name, *arguments, *required, "[OPTIONS]"])
-
-
-def _metavar(parameter: Any) -> str:
-    return str(parameter.metavar or parameter.name).upper().rstrip("_")
-
-
-def _row(parameter: Any) -> str:
-    if parameter.param_type_name == "argument":
-        name = f"`{_metavar(parameter)}`"
-    else:
-        value = "" if parameter.is_flag else f" {_metavar(parameter)}"
-        name = f"`{', '.join(parameter.opts)}{value}`"
-    choices = getattr(parameter.type, "choices", None)
-    what = (parameter.help or "").replace("|", "\\|") + (f" One of: {', '.join(map(str, choices))}." if choices else "")
-    default = parameter.default
-    shown = "required" if parameter.required else "" if default in (None, False, "") or callable(default) else f"`{default}`"
-    return f"| {name} | {shown} | {what} |"
+        words = [word for word in info.param_decls or () if word.startswith("-")] or [f"--{name.replace('_', '-')}"]
+        value = "" if kinds[0] is bool else f" {value}"
+        shown, usage = f"{', '.join(words)}{value}", f"{words[0]}{value}"
+    needed = default is inspect.Parameter.empty
+    first = "required" if needed else "" if default in (None, False, "") else f"`{default}`"
+    return _Argument(shown.replace("|", "\\|"), usage, first, (info.help or "").replace("|", "\\|"))
 
 
 def recipes() -> str:
@@ -146,7 +156,10 @@ def recipes() -> str:
     lines += ["## What a recipe can name", ""]
     for family in FAMILIES:
         lines += [f"### {family}", "", "| name | what |", "|---|---|"]
-        lines += [f"| `{name}` | {summary(family, name).replace('``', '`').replace('|', '&#124;')} |" for name in names(family)]
+        lines += [
+            f"| `{name}` | {summary(family, name).replace('``', '`').replace('|', '&#124;')} |"
+            for name in names(family)
+        ]
         lines += [""]
     return "\n".join(lines)
 
@@ -164,6 +177,3 @@ def _about(name: str) -> list[str]:
         else:
             about.append(f"{word}{colon}{rest}  ")
     return about
-
-
-__all__ = ["command_line", "on_files", "on_page_content", "on_page_markdown", "recipes"]
