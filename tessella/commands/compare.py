@@ -18,6 +18,7 @@ from torch import Tensor
 from tessella.commands._compare import Row, cells, chosen_codecs, codec_row, distinct_budgets, on_device, tokenizer_row
 from tessella.commands._data import batches, data_for, describe, medium_of, open_data
 from tessella.commands._device import pick_device
+from tessella.commands._paths import AnyPath, to_path
 from tessella.data.base import Sample, Samples, Split
 from tessella.errors import ConfigError
 from tessella.evaluation.reconstruction import evaluate_reconstruction
@@ -60,8 +61,8 @@ class Comparison:
 
 
 def compare(
-    models: Sequence[str | Path], *, data: str | None = None, out: Path, split: Split = "test",
-    limit: int | None = None, whole: bool = True, crop_px: int | None = None, weights: Path | None = None,
+    models: Sequence[AnyPath], *, data: str | None = None, out: AnyPath, split: Split = "test",
+    limit: int | None = None, whole: bool = True, crop_px: int | None = None, weights: AnyPath | None = None,
     codecs: Sequence[str] | None = None, num_shown: int = 6, device: str | None = None, command: str | None = None,
 ) -> Comparison:  # fmt: skip
     """Measure tokenizers on the same signals and write one page to look at, ``report.html``, and ``comparison.json``.
@@ -83,6 +84,7 @@ def compare(
     Raises:
         CheckpointError, ConfigError, DataError: a model, data or weights that cannot be used.
     """
+    out, weights = Path(out), to_path(weights)
     started = time.monotonic()
     if not models:
         raise ConfigError("compare needs at least one model")

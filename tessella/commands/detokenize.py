@@ -12,6 +12,7 @@ from torch import Tensor
 from tessella.checkpoint import fingerprint, load
 from tessella.commands._data import data_of, medium_of, open_data
 from tessella.commands._device import pick_device
+from tessella.commands._paths import AnyPath
 from tessella.data.base import DataError, Split
 from tessella.data.loader import evaluation_batches
 from tessella.data.tokens import TokenRow, read_tokens
@@ -20,7 +21,7 @@ from tessella.tokenizer import Tokenizer
 
 
 def detokenize(
-    model: Path, shards: Path, out: Path, *, data: str | None = None, limit: int | None = None,
+    model: AnyPath, shards: AnyPath, out: AnyPath, *, data: str | None = None, limit: int | None = None,
     device: str | None = None,
 ) -> int:  # fmt: skip
     """Write the signals that token shards stand for as files into ``out``; returns their number.
@@ -40,6 +41,7 @@ def detokenize(
     Raises:
         CheckpointError, DataError: a model that cannot be used, shards of another tokenizer, or damaged ones.
     """
+    out = Path(out)
     tokenizer = load(model, device=pick_device(device))
     medium = medium_of(tokenizer)
     written: set[Path] = set()

@@ -14,6 +14,7 @@ from tessella.checkpoint import load
 from tessella.commands._data import batches, data_of, describe, medium_of, named, open_data
 from tessella.commands._device import pick_device
 from tessella.commands._distribution import features_of, reference_of
+from tessella.commands._paths import AnyPath, to_path
 from tessella.commands._predictions import load_predictor, predicts
 from tessella.commands._samples import Rates, evaluate_samples
 from tessella.commands.build import is_generator
@@ -63,10 +64,10 @@ class Evaluation:
 
 
 def evaluate(
-    model: Path, *, data: str | None = None, split: Split = "test", limit: int | None = None, whole: bool = False,
-    weights: Path | None = None, metrics: Mapping[str, Any] | None = None, protocol: str | None = None,
-    features: Path | None = None, reference: str | None = None, samples: int = 1000,
-    settings: SampleSettings | None = None, out: Path | None = None, device: str | None = None,
+    model: AnyPath, *, data: str | None = None, split: Split = "test", limit: int | None = None, whole: bool = False,
+    weights: AnyPath | None = None, metrics: Mapping[str, Any] | None = None, protocol: str | None = None,
+    features: AnyPath | None = None, reference: str | None = None, samples: int = 1000,
+    settings: SampleSettings | None = None, out: AnyPath | None = None, device: str | None = None,
 ) -> Evaluation:  # fmt: skip
     """Measure a tokenizer's reconstructions, or a generator's samples, and write the records.
 
@@ -99,6 +100,8 @@ def evaluate(
         CheckpointError, ConfigError, DataError: a model, a data set, weights, a signal or a setting that cannot be
             used. All that can be refused before the work begins is.
     """
+    model, out = Path(model), to_path(out)
+    weights, features = to_path(weights), to_path(features)
     place = pick_device(device)
     folder = out or (model if model.is_dir() else model.parent)
     if is_generator(model):

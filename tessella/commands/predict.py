@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tessella.commands._data import medium_of
 from tessella.commands._device import pick_device
+from tessella.commands._paths import AnyPath, to_path
 from tessella.commands._predictions import dense, load_predictor
 from tessella.errors import ConfigError
 
@@ -28,7 +29,7 @@ class Prediction:
 
 
 def predict(
-    model: Path, files: Sequence[Path], *, out: Path | None = None, temperature: float = 0.0, seed: int = 0,
+    model: AnyPath, files: Sequence[AnyPath], *, out: AnyPath | None = None, temperature: float = 0.0, seed: int = 0,
     device: str | None = None,
 ) -> list[Prediction]:  # fmt: skip
     """Predict the dense label of each file and write it into ``out``, at the file's own size.
@@ -49,13 +50,14 @@ def predict(
             name.
         DataError: a file that cannot be read. All are read before any is written.
     """
+    model, out = Path(model), to_path(out)
     if temperature < 0:
         raise ConfigError(f"temperature must be at least 0, got {temperature}")
     if not files:
         raise ConfigError("name at least one file")
     predictor, _ = load_predictor(model, temperature=temperature, seed=seed, device=pick_device(device))
     medium = dense(medium_of(predictor))
-    found = medium.find(files)
+    found = medium.find([Path(file) for file in files])
     stems = [file.stem for file in found]
     if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
         raise ConfigError(f"two files are called {twice[0]!r}, and predictions are named after them; predict them into "

@@ -10,6 +10,7 @@ import torch
 from tessella.checkpoint import load, load_generator
 from tessella.commands._data import data_of, open_data
 from tessella.commands._device import pick_device
+from tessella.commands._paths import AnyPath
 from tessella.commands.build import is_generator
 from tessella.commands.evaluate import EVALUATION
 from tessella.errors import ConfigError
@@ -20,7 +21,7 @@ _SHOWN = 8
 
 
 def push(
-    model: Path, repository: str, *, licence: str | None = None, private: bool = False, device: str | None = None
+    model: AnyPath, repository: str, *, licence: str | None = None, private: bool = False, device: str | None = None
 ) -> str:
     """Upload a model that was evaluated, with a card of its numbers and a few signals; returns its address.
 
@@ -35,6 +36,7 @@ def push(
         ConfigError: no evaluation in the folder.
         ConversionError: the card would lack something, or the hub refused.
     """
+    model = Path(model)
     place = pick_device(device)
     folder = model if model.is_dir() else model.parent
     generates = is_generator(model)

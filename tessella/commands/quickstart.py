@@ -6,6 +6,7 @@ import json
 import time
 from pathlib import Path
 
+from tessella.commands._paths import AnyPath
 from tessella.commands.detokenize import detokenize
 from tessella.commands.evaluate import EVALUATION
 from tessella.commands.report import report, show_samples
@@ -18,7 +19,7 @@ from tessella.storage import write_text
 _GUIDANCE = "1.5"
 
 
-def quickstart(out: Path, *, device: str | None = None) -> dict[str, float]:
+def quickstart(out: AnyPath, *, device: str | None = None) -> dict[str, float]:
     """Train a tokenizer and a generator, use both, measure, and write a page; returns what ``results.json`` holds.
 
     ``out`` gets ``run/`` (training), ``tokens/`` (shards), ``reconstructions/`` (files made from the shards alone),
@@ -29,6 +30,7 @@ def quickstart(out: Path, *, device: str | None = None) -> dict[str, float]:
         out: the folder.
         device: ``cpu``, ``cuda``, ...; the accelerator there is by default.
     """
+    out = Path(out)
     started = time.monotonic()
     run = train("photos_fsq", out=out / "run", device=device)
     tokenize(run, out / "tokens", split="test", device=device)

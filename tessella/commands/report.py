@@ -17,6 +17,7 @@ from tessella.checkpoint import load, load_generator, load_recipe, model_folder
 from tessella.commands._codebook import counted
 from tessella.commands._data import data_of, medium_of, open_data
 from tessella.commands._device import pick_device
+from tessella.commands._paths import AnyPath, to_path
 from tessella.commands._predictions import dense, load_predictor, predicts
 from tessella.commands._progress import drawing
 from tessella.commands.build import is_generator
@@ -33,7 +34,7 @@ _BATCH = 64
 
 
 def report(
-    model: Path, *, data: str | None = None, weights: Path | None = None, out: Path | None = None,
+    model: AnyPath, *, data: str | None = None, weights: AnyPath | None = None, out: AnyPath | None = None,
     device: str | None = None, command: str | None = None, sections: Sequence[Section] = (),
 ) -> Path:  # fmt: skip
     """Write a page that shows what a tokenizer, measured for it, or a generator does; returns the page.
@@ -48,6 +49,7 @@ def report(
     Raises:
         CheckpointError, ConfigError, DataError: a model, a data set or weights that cannot be used.
     """
+    model, weights, out = Path(model), to_path(weights), to_path(out)
     folder = out or model
     command = command or shlex.join(["tessella", *sys.argv[1:]])
     if is_generator(model):

@@ -14,6 +14,7 @@ import torch
 from tessella.checkpoint import fingerprint, load_generator
 from tessella.commands._data import medium_of
 from tessella.commands._device import pick_device
+from tessella.commands._paths import AnyPath, to_path
 from tessella.commands._progress import drawing
 from tessella.errors import ConfigError
 from tessella.generators.drawing import SampleSettings, check_options, chunks, classes_of, draw_batches, labels_of
@@ -43,7 +44,7 @@ class Drawn:
 
 
 def sample(
-    model: Path, out: Path | None = None, *, classes: Sequence[str] = (), count: int = 16,
+    model: AnyPath, out: AnyPath | None = None, *, classes: Sequence[str] = (), count: int = 16,
     settings: SampleSettings | None = None, batch_size: int = 64, device: str | None = None,
 ) -> Drawn:  # fmt: skip
     """Draw from a generator into numbered files and an overview of the first ones; go on where a call was interrupted.
@@ -63,6 +64,7 @@ def sample(
         CheckpointError, ConfigError: a model that cannot be used; an unknown class, a setting out of range, or a folder
             with other samples.
     """
+    model, out = Path(model), to_path(out)
     settings = settings or SampleSettings()
     generator, tokenizer = load_generator(model, device=pick_device(device))
     if tokenizer.autoencoder.takes_context:

@@ -7,12 +7,13 @@ from pathlib import Path
 from tessella.checkpoint import load
 from tessella.commands._data import data_of
 from tessella.commands._device import pick_device
+from tessella.commands._paths import AnyPath
 from tessella.tokenization.engine import Engine, TokenizeResult, tokenize_dataset
 from tessella.tokenization.source import AnySplit
 
 
 def tokenize(
-    model: Path, out: Path, *, data: str | None = None, split: AnySplit = "all", limit: int | None = None,
+    model: AnyPath, out: AnyPath, *, data: str | None = None, split: AnySplit = "all", limit: int | None = None,
     whole: bool = False, variants: int = 0, shard_rows: int | None = None, batch_size: int = 64, workers: int = 0,
     engine: Engine = "local", profile: bool = False, device: str | None = None,
 ) -> TokenizeResult:  # fmt: skip
@@ -30,6 +31,7 @@ def tokenize(
     Raises:
         CheckpointError, ConfigError, DataError, WorkerError: see there.
     """
+    model, out = Path(model), Path(out)
     place = str(pick_device(device))
     section = data_of(load(model), data, whole=whole, split="train" if split == "all" else split)
     return tokenize_dataset(

@@ -12,6 +12,7 @@ import torch
 from tessella.checkpoint import RECIPE, TOKENIZER, latest_checkpoint, load, load_recipe, write_recipe
 from tessella.commands._data import data_section, medium_of, open_data
 from tessella.commands._device import pick_device
+from tessella.commands._paths import AnyPath, to_path
 from tessella.commands.build import generator_of, generator_recipe, tokenizer_of
 from tessella.config import build_section, resolve_recipe
 from tessella.data.base import Samples
@@ -35,8 +36,8 @@ DATA = "data.json"
 
 
 def train(
-    recipe: str, *, data: str | None = None, tokenizer: Path | None = None, weights: Path | None = None,
-    init: Path | None = None, out: Path | None = None, overrides: Sequence[str] = (), overfit_batch: bool = False,
+    recipe: str, *, data: str | None = None, tokenizer: AnyPath | None = None, weights: AnyPath | None = None,
+    init: AnyPath | None = None, out: AnyPath | None = None, overrides: Sequence[str] = (), overfit_batch: bool = False,
     allow_changed_data: bool = False, device: str | None = None, quiet: bool = False,
 ) -> Path:  # fmt: skip
     """Train what ``recipe`` (a name or a .toml file) describes; continue where an interrupted run stopped.
@@ -61,8 +62,7 @@ def train(
 
     Raises:
         ConfigError: a recipe that cannot be built, a folder that holds a run of another recipe, or data that is no
-            longer what the run began with. What is refused
-            before the first step leaves nothing behind.
+            longer what the run began with. What is refused before the first step leaves nothing behind.
         TrainingError, Interrupted: see :meth:`tessella.training.loop.Loop.run`.
     """
     raw = override(read_recipe(recipe), overrides)
@@ -73,9 +73,9 @@ def train(
     if overfit_batch:
         raw["training"] = {**raw.get("training", {}), "overfit_batch": True}
     place = pick_device(device)
-    folder = out or Path("runs") / (Path(recipe).stem + ("-overfit" if overfit_batch else ""))
+    folder = Path(out or Path("runs") / (Path(recipe).stem + ("-overfit" if overfit_batch else "")))
     prepare = _Generator if "generator" in raw else _Tokenizer
-    run = prepare(raw, folder, tokenizer=tokenizer, weights=weights, device=place)
+    run = prepare(raw, folder, tokenizer=to_path(tokenizer), weights=to_path(weights), device=place)
     _check_claim(folder, run.recipe)
     identity = run.dataset.identity()
     _check_data(folder, identity, allow_changed_data)

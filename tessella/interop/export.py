@@ -26,7 +26,7 @@ _AXES = ("rows", "columns", "planes")
 _EXAMPLE = (2, 3, 4)  # positions along each axis of the example; different, so that no two sizes are taken for one
 
 
-def export(model: Path, *, to: Target, out: Path) -> Path:
+def export(model: str | Path, *, to: Target, out: str | Path) -> Path:
     """Write ``encode`` and ``decode`` of a tokenizer into the folder ``out``, for any batch and size.
 
     ``encode`` takes ``x [B, C, *X]`` in [-1, 1] (float32, sides multiples of the stride) to ``indices [B, *S, K]``
@@ -43,6 +43,7 @@ def export(model: Path, *, to: Target, out: Path) -> Path:
     Raises:
         ConversionError: an unknown target, a generator, or a tokenizer that cannot be traced.
     """
+    model, out = Path(model), Path(out)
     if to not in get_args(Target):
         raise ConversionError(f"unknown target {to!r}; choose one of: {', '.join(get_args(Target))}")
     if "generator" in load_recipe(model_folder(model)):

@@ -172,8 +172,8 @@ def _about(name: str) -> list[str]:
         if not line.startswith("#"):
             break
         word, colon, rest = line.removeprefix("#").strip().partition(": ")
-        if colon and word == "Command":
-            about += ["", "```sh", rest, "```"]
+        if colon and word in ("Command", "Sample"):
+            about += ["", "```sh", *rest.split("; then "), "```"]
         else:
             about.append(f"{word}{colon}{rest}  ")
     return about
