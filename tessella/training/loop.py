@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,11 @@ from tessella.distributed import Ranks
 from tessella.training.base import Step
 from tessella.training.precision import Precision
 from tessella.training.run import Preview, Run
+
+logger = logging.getLogger("tessella")
+
+# A share of the first weights in the averaged ones from which on a run is told of it.
+_REMEMBERED = 0.05
 
 
 class Loop:
@@ -191,4 +197,10 @@ class Loop:
         """
         if self.init is not None and latest_checkpoint(folder) is None:
             load_weights(step.model, model_folder(Path(self.init)) / WEIGHTS)
+        remembered = 0.0 if self.ema_decay is None or self.init is not None else self.ema_decay**self.steps
+        if remembered > _REMEMBERED and not quiet:
+            logger.warning(
+                "after %d steps %.0f %% of the averaged weights, which are saved, are still the first ones; a smaller "
+                "training.ema_decay or more steps forget them", self.steps, 100 * remembered,
+            )  # fmt: skip
         return Run(self, step.to(device), dataset, folder, device, show, quiet, ranks or Ranks()).run(claim)

@@ -130,7 +130,7 @@ def _argument(name: str, hint: Any, default: Any) -> _Argument:
         [one for one in get_args(kind) if one is not type(None)] if get_origin(kind) in (Union, UnionType) else [kind]
     )
     choices = get_args(kinds[0]) if get_origin(kinds[0]) is Literal else ()
-    value = info.metavar or ("|".join(choices) if choices else name.rstrip("_").upper())
+    value = info.metavar or ("{" + ",".join(choices) + "}" if choices else name.rstrip("_").upper())
     is_list = get_origin(kinds[0]) is list
     if isinstance(info, typer.models.ArgumentInfo):
         shown = usage = f"{value} ..." if is_list else value
@@ -140,7 +140,7 @@ def _argument(name: str, hint: Any, default: Any) -> _Argument:
         shown, usage = f"{', '.join(words)}{value}", f"{words[0]}{value}"
     needed = default is inspect.Parameter.empty
     first = "required" if needed else "" if default in (None, False, "") else f"`{default}`"
-    return _Argument(shown.replace("|", "\\|"), usage, first, (info.help or "").replace("|", "\\|"))
+    return _Argument(shown, usage, first, (info.help or "").replace("|", "\\|"))
 
 
 def recipes() -> str:
