@@ -69,7 +69,7 @@ def report(
     medium, originals, rebuilt, tokens = medium_of(tokenizer, section), x.cpu(), x_hat.cpu(), indices.cpu()
     return write_report(
         folder,
-        title=f"{type(tokenizer.quantizer).__name__} tokenizer on {section['name']}",
+        title=f"{type(tokenizer.quantizer).__name__} tokenizer on {Path(section.get('path', section['name'])).name}",
         command=command,
         evaluation=evaluation.reconstruction,
         log_rows=read_log(model / LOG),
