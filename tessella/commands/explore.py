@@ -10,6 +10,7 @@ from tessella.checkpoint import fingerprint, load, load_generator
 from tessella.commands._codebook import counted
 from tessella.commands._data import data_of, medium_of, open_data
 from tessella.commands._device import pick_device
+from tessella.commands._paths import AnyPath, to_path
 from tessella.commands.build import is_generator
 from tessella.data.base import DataError, Samples
 from tessella.errors import ConfigError
@@ -21,7 +22,7 @@ logger = logging.getLogger("tessella")
 
 
 def explore(
-    model: Path, generator: Path | None = None, *, data: str | None = None, host: str = "127.0.0.1", port: int = 8765,
+    model: AnyPath, generator: AnyPath | None = None, *, data: str | None = None, host: str = "127.0.0.1", port: int = 8765,
     device: str | None = None, ready: Callable[[str], None] = print,
 ) -> None:  # fmt: skip
     """Serve a page that shows what a tokenizer's tokens do, until interrupted; it needs the extra ``ui``.
@@ -43,7 +44,7 @@ def explore(
             is taken.
         ModuleNotFoundError: without the extra ``ui``.
     """
-    session = open_session(model, generator, data=data, device=device)
+    session = open_session(Path(model), to_path(generator), data=data, device=device)
     serve(session, host=host, port=port, ready=ready)
 
 
