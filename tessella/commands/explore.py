@@ -22,8 +22,8 @@ logger = logging.getLogger("tessella")
 
 
 def explore(
-    model: AnyPath, generator: AnyPath | None = None, *, data: str | None = None, host: str = "127.0.0.1", port: int = 8765,
-    device: str | None = None, ready: Callable[[str], None] = print,
+    model: AnyPath, generator: AnyPath | None = None, *, data: str | None = None, host: str = "127.0.0.1",
+    port: int = 8765, device: str | None = None, ready: Callable[[str], None] = print,
 ) -> None:  # fmt: skip
     """Serve a page that shows what a tokenizer's tokens do, until interrupted; it needs the extra ``ui``.
 

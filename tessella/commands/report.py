@@ -67,9 +67,10 @@ def report(
         codebook = None
     use = codebook_section(counted(model, tokenizer, section, open_data(section, "test"))) if context is None else None
     medium, originals, rebuilt, tokens = medium_of(tokenizer, section), x.cpu(), x_hat.cpu(), indices.cpu()
+    name = Path(str(section.get("path") or section["name"])).name
     return write_report(
         folder,
-        title=f"{type(tokenizer.quantizer).__name__} tokenizer on {Path(section.get('path', section['name'])).name}",
+        title=f"{type(tokenizer.quantizer).__name__} tokenizer on {name}",
         command=command,
         evaluation=evaluation.reconstruction,
         log_rows=read_log(model / LOG),
