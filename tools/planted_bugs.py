@@ -75,7 +75,7 @@ BUGS = [
     Bug("straight-through without gradient", "quantizers/base.py", "return (z - z.detach()).add_(z_q.detach())", "return z_q.detach() + 0 * z"),
     Bug("bfloat16 searched in bfloat16", "quantizers/base.py", "flat = full_precision(z.reshape(-1, self.dim))", "flat = z.reshape(-1, self.dim)"),
     Bug("autocast not switched off", "quantizers/base.py", "with torch.autocast(z.device.type, enabled=False):", "with torch.autocast(z.device.type, enabled=torch.is_autocast_enabled(z.device.type)):"),
-    Bug("statistics ignore the mask", "quantizers/base.py", "index_statistics(out.indices, self.codebook_size, flat_mask)", "index_statistics(out.indices, self.codebook_size)"),
+    Bug("statistics ignore the mask", "quantizers/base.py", "index_statistics(out.indices, self.codebook_size, flat_mask, of", "index_statistics(out.indices, self.codebook_size, of"),
     Bug("infinity let through", "quantizers/base.py", "return low.isfinite() & high.isfinite()", "return ~low.isnan()"),
     Bug("index V accepted", "quantizers/base.py", "(indices < self.codebook_size)", "(indices <= self.codebook_size)"),
     Bug("perplexity in bits", "quantizers/base.py", "counts.count_nonzero() / codebook_size, entropy.exp()", "counts.count_nonzero() / codebook_size, entropy.exp2()"),
