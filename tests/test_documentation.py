@@ -48,7 +48,7 @@ def lines(text: str) -> Iterator[tuple[str, bool]]:
     for language, block in _FENCE.findall(text):
         if language in ("", "sh"):
             for line in block.replace("\\\n", " ").splitlines():
-                yield line.strip(), True
+                yield line.strip().removesuffix(" ..."), not line.endswith(" ...")
     for line in _INDENTED.findall(text):
         yield line, True
     for line in _INLINE.findall(" ".join(_FENCE.sub("", text).split())):
