@@ -32,7 +32,7 @@ _INDENTED = re.compile(r"^    (tessella .*)$", re.MULTILINE)
 _INLINE = re.compile(r"`((?:tessella|make|python|torchrun|pytest) [^`]+)`")
 _LINK = re.compile(r"(!?)\[[^\]]*\]\(([^)\s]+)\)")
 _PLACEHOLDER = re.compile(r"[A-Z]{2,}")
-_FIGURE_MADE_BY = re.compile(r"^\*Made by `(make|tessella|python) [^`]+`", re.MULTILINE)
+_FIGURE_MADE_BY = re.compile(r"^(?:\*Made by |\()`(make|tessella|python) [^`]+`", re.MULTILINE)
 
 
 def name(file: Path) -> str:

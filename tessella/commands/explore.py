@@ -69,7 +69,7 @@ def open_session(
                     f"{generator} draws tokens of tokenizer {drawing.space.fingerprint}, but {model} is {own}"
                 )
     if tokenizer.autoencoder.takes_context:
-        raise ConfigError(f"{model} needs a context beside its signals, which the page cannot show; see tessella report")
+        raise ConfigError(f"{model} needs a context beside its signals, which the page lacks; see tessella report")
     examples: Samples | None = None
     use = None
     try:
