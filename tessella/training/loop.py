@@ -197,10 +197,10 @@ class Loop:
         """
         if self.init is not None and latest_checkpoint(folder) is None:
             load_weights(step.model, model_folder(Path(self.init)) / WEIGHTS)
-        remembered = 0.0 if self.ema_decay is None or self.init is not None else self.ema_decay**self.steps
-        if remembered > _REMEMBERED and not quiet:
+        remembered = 0.0 if self.ema_decay is None or self.init is not None else self.ema_decay ** (self.steps - 1)
+        if remembered > _REMEMBERED and not quiet and (ranks is None or ranks.rank == 0):
             logger.warning(
-                "after %d steps %.0f %% of the averaged weights, which are saved, are still the first ones; a smaller "
+                "after %d steps %.0f %% of the averaged weights, which are saved, will be the first ones; a smaller "
                 "training.ema_decay or more steps forget them", self.steps, 100 * remembered,
             )  # fmt: skip
         return Run(self, step.to(device), dataset, folder, device, show, quiet, ranks or Ranks()).run(claim)

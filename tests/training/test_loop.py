@@ -132,6 +132,13 @@ def test_ema_by_hand(tmp_path: Path) -> None:
     torch.testing.assert_close(model.to_code.bias, average)  # type: ignore[union-attr]
 
 
+def test_averages_that_remember_the_first_weights_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name, settings in {"long": {"ema_decay": 0.1}, "none": {}, "short": {"ema_decay": 0.8}}.items():
+        assert not caplog.messages
+        loop(steps=3, **settings).run(picture_step(tiny_tokenizer()), Noise(), tmp_path / name, device=CPU)
+    assert any("after 3 steps 64 % of the averaged weights" in message for message in caplog.messages)
+
+
 def test_codebooks_and_biases_are_not_decayed(tmp_path: Path) -> None:
     from tessella.quantizers import VQ
 
