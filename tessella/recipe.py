@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import tomllib
 from collections.abc import Sequence
 from importlib import resources
@@ -91,8 +92,11 @@ def _text_of(name_or_path: str) -> str:
     elif name_or_path in recipe_names():
         return (resources.files("tessella") / "recipes" / f"{name_or_path}.toml").read_text(encoding="utf-8")
     else:
-        raise ConfigError(f"unknown recipe {name_or_path!r}; choose one of: {', '.join(recipe_names())}; "
-                          "or give the path of a .toml file")  # fmt: skip
+        alike = difflib.get_close_matches(name_or_path, recipe_names(), n=5)
+        raise ConfigError(
+            f"unknown recipe {name_or_path!r}; choose one of: {', '.join(alike or recipe_names())}; or give the path "
+            f"of a .toml file{'; all recipes: tessella list recipes' if alike else ''}"
+        )
 
 
 def _extended(base: Spec, changes: Spec) -> Spec:
