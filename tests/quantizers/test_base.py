@@ -36,7 +36,7 @@ def test_masked_rows_do_not_count() -> None:
     indices = torch.tensor([[0], [1], [7]])
     mask = torch.tensor([True, True, False])
     for statistics in (_histogram_statistics, _sorted_statistics):
-        usage, perplexity = statistics(indices[:, 0], 8, mask)
+        usage, perplexity = statistics(indices[:, 0], 8, mask, shared=False)
         assert usage.item() == 2 / 8
         assert perplexity.item() == pytest.approx(2)
 
@@ -47,8 +47,8 @@ def test_the_sorted_form_equals_the_histogram(rows: list[tuple[int, bool]]) -> N
     column = torch.tensor([index for index, _ in rows], dtype=torch.long)
     mask = torch.tensor([keep for _, keep in rows], dtype=torch.bool)
     for given_mask in (None, mask):
-        expected = _histogram_statistics(column, 6, given_mask)
-        torch.testing.assert_close(_sorted_statistics(column, 6, given_mask), expected)
+        expected = _histogram_statistics(column, 6, given_mask, shared=False)
+        torch.testing.assert_close(_sorted_statistics(column, 6, given_mask, shared=False), expected)
 
 
 def test_statistics_of_a_codebook_beyond_any_table() -> None:
