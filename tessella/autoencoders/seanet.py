@@ -229,7 +229,10 @@ class CausalConv(nn.Module):
         else:
             right = 0 if self.causal else self.padding // 2
             widths = (self.padding - right, right + more)
-        x = pad_reflecting(x, widths) if self.pad_mode == "reflect" else functional.pad(x, widths)
+        if self.pad_mode == "reflect":
+            x = pad_reflecting(x, widths)
+        elif any(widths):  # otherwise a copy
+            x = functional.pad(x, widths)
         if memory is not None:
             memory[self] = (x[..., x.shape[-1] - self.padding :],)
         out: Tensor = self.conv(x)
@@ -315,9 +318,20 @@ def _keep_variance(conv: nn.Conv1d | nn.ConvTranspose1d, num_inputs: int) -> Non
 
 
 def pad_reflecting(x: Tensor, widths: tuple[int, int]) -> Tensor:
-    """``x [B, C, T]`` mirrored at its ends; one too short for that is first extended by zeros behind."""
-    missing = max(max(widths) - x.shape[-1] + 1, 0)
-    padded = functional.pad(functional.pad(x, (0, missing)), widths, mode="reflect")
+    """``x [B, C, T]`` mirrored at its ends; one too short for that is first extended by zeros behind.
+
+    Joined of its parts: torch's own reflection takes as long as a convolution at full rate.
+    """
+    left, right = widths
+    missing = max(left - x.shape[-1] + 1, right - x.shape[-1] + 1, 0)
+    if missing:
+        x = functional.pad(x, (0, missing))
+    parts = [x]
+    if left:
+        parts.insert(0, x[..., 1 : left + 1].flip(-1))
+    if right:
+        parts.append(x[..., -right - 1 : -1].flip(-1))
+    padded = torch.cat(parts, -1) if len(parts) > 1 else x
     return padded[..., : padded.shape[-1] - missing]
 
 

@@ -130,7 +130,11 @@ class Quantizer(Configurable, nn.Module, ABC):
         return self._lookup(indices.long())
 
     def _lookup(self, indices: Tensor) -> Tensor:
-        return functional.embedding(indices[..., 0], self.codebook)
+        return functional.embedding(indices[..., 0], self._codes())
+
+    def _codes(self) -> Tensor:
+        """:attr:`codebook` to be read from, where a rule need not compute it anew; not to be handed out."""
+        return self.codebook
 
     def reset_parameters(self) -> None:
         """Draw the initial codes anew; nothing where no code is learned."""
