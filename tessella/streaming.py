@@ -10,25 +10,29 @@ from torch import Tensor
 from tessella.autoencoders.base import Memory
 from tessella.tokenizer import Tokenizer
 
+_CONTEXT = 75
+
 
 class Stream:
     """One-dimensional signals through a tokenizer in chunks: :meth:`encode` and :meth:`decode` are generators.
 
     A causal half (:attr:`Autoencoder.chunks_encoder`, :attr:`~Autoencoder.chunks_decoder`) goes on from what it
     remembers, and gives exactly what it gives of the whole. Any other sees ``context`` latent positions on both sides
-    of each chunk, which are then cut off: near the cuts its result differs from that of the whole as far as positions
-    further away matter to it.
+    of each chunk, which are then cut off: that is as exact where the model reaches no further
+    (:attr:`Autoencoder.reach`); otherwise its result differs near the cuts as far as positions further away matter.
 
     Args:
         tokenizer: of signals ``[B, C, T]``; used in eval mode, whatever mode it is in, and without gradients.
         chunk: latent positions at a time.
-        context: further ones on both sides, where they are needed.
+        context: further ones on both sides, where they are needed; as far as the model reaches by default, or 75.
 
     Raises:
         ValueError: a chunk below the first that the model can begin with, or a negative context.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, chunk: int = 750, context: int = 75) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, chunk: int = 750, context: int | None = None) -> None:
+        reach = tokenizer.autoencoder.reach
+        context = (_CONTEXT if reach is None else reach) if context is None else context
         least = tokenizer.autoencoder.first_chunk
         if chunk < least or context < 0:
             raise ValueError(f"chunk must be at least {least} and context at least 0, got {chunk} and {context}")

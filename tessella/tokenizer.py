@@ -203,7 +203,7 @@ class Tokenizer(Described, Configurable, nn.Module):
             facts["tokens"] = f"{rate:.4g} {metrics.bits_name.replace('_', ' ')}, as codes of fixed length"
         return facts
 
-    def stream(self, *, chunk: int = 750, context: int = 75) -> Stream:
+    def stream(self, *, chunk: int = 750, context: int | None = None) -> Stream:
         """Encoding and decoding of one-dimensional signals of any length in chunks; see :class:`Stream`."""
         from tessella.streaming import Stream
 

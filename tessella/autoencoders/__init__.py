@@ -8,6 +8,7 @@ from tessella.autoencoders.cosmos import Cosmos
 from tessella.autoencoders.maskgit_vqgan import MaskGITVQGAN
 from tessella.autoencoders.open_magvit2 import OpenMAGVIT2
 from tessella.autoencoders.seanet import SEANet
+from tessella.autoencoders.spectral import Spectral
 from tessella.autoencoders.titok import TiTok
 from tessella.autoencoders.titok_proxy import TiTokProxy
 from tessella.autoencoders.uvim import UViM
@@ -16,6 +17,6 @@ from tessella.autoencoders.vit import ViT
 from tessella.autoencoders.vocos import Vocos
 
 __all__ = [
-    "Autoencoder", "Conv", "Cosmos", "MaskGITVQGAN", "OpenMAGVIT2", "SEANet", "TiTok", "TiTokProxy", "UViM",
-    "UViMNoCode", "ViT", "Vocos",
+    "Autoencoder", "Conv", "Cosmos", "MaskGITVQGAN", "OpenMAGVIT2", "SEANet", "Spectral", "TiTok", "TiTokProxy",
+    "UViM", "UViMNoCode", "ViT", "Vocos",
 ]  # fmt: skip

@@ -27,11 +27,14 @@ class Autoencoder(Configurable, nn.Module, ABC):
         chunks_encoder, chunks_decoder: whether :meth:`encode_chunk` and :meth:`decode_chunk` go on, exactly, from what
             earlier chunks left in a memory.
         first_chunk: latent positions that the first chunk must have for that.
+        reach: how many latent positions away a sample may be and still matter to a latent, or a latent to a sample;
+            None where that has no limit, or nobody said.
     """
 
     chunks_encoder: bool = False
     chunks_decoder: bool = False
     first_chunk: int = 1
+    reach: int | None = None
     takes_context: ClassVar[bool] = False
 
     in_channels: int

@@ -76,8 +76,7 @@ class Vocos(Autoencoder):
         self.in_channels = 1
         self.latent_dim = latent_dim
         self.stride = math.prod(strides)
-        if n_fft < self.stride or (n_fft - self.stride) % 2 or n_fft % 2:
-            raise ValueError(f"n_fft must be even and exceed the stride ({self.stride}) by an even number, got {n_fft}")
+        check_n_fft(n_fft, self.stride)
         self.chunks_encoder = causal
         self.first_chunk = kernel
         self.n_fft = n_fft
@@ -85,7 +84,7 @@ class Vocos(Autoencoder):
         self.encoder = SEANetEncoder(1, channels, latent_dim, strides, layers)
         self.backbone = Backbone(latent_dim, dim, hidden, num_blocks, dropout)
         self.head = nn.Linear(dim, n_fft + 2)
-        _initialise(self.head)
+        initialise(self.head)
         self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
 
     def encode(self, x: Tensor) -> Tensor:
@@ -113,10 +112,7 @@ class Vocos(Autoencoder):
             ValueError: another shape.
         """
         check_latent(latent, self.latent_dim)
-        features = self.head(self.backbone(latent)).float()
-        log_magnitude, phase = features.mT.chunk(2, dim=1)
-        spectra = torch.polar(log_magnitude.exp().clamp(max=_LARGEST_MAGNITUDE), phase)
-        return same_istft(spectra, self.n_fft, self.stride, self.window)[:, None]
+        return write_spectra(self.head(self.backbone(latent)), self.n_fft, self.stride, self.window)
 
     @property
     def last_layer(self) -> nn.Parameter:
@@ -130,6 +126,19 @@ class Vocos(Autoencoder):
         return tuple(-(-size // self.stride) for size in extent)
 
 
+def write_spectra(features: Tensor, n_fft: int, hop: int, window: Tensor) -> Tensor:
+    """``[B, t, n_fft + 2]``, logarithm of magnitude and phase of one spectrum a position, to ``[B, 1, t hop]``."""
+    log_magnitude, phase = features.float().mT.chunk(2, dim=1)
+    spectra = torch.polar(log_magnitude.exp().clamp(max=_LARGEST_MAGNITUDE), phase)
+    return same_istft(spectra, n_fft, hop, window)[:, None]
+
+
+def check_n_fft(n_fft: int, hop: int) -> None:
+    """Raise ValueError unless spectra of ``n_fft`` samples fit hops of ``hop``."""
+    if n_fft < hop or (n_fft - hop) % 2 or n_fft % 2:
+        raise ValueError(f"n_fft must be even and exceed the stride ({hop}) by an even number, got {n_fft}")
+
+
 class Backbone(nn.Module):
     """``[B, t, E]`` to ``[B, t, dim]``; its parts have the names of the published checkpoints."""
 
@@ -141,9 +150,9 @@ class Backbone(nn.Module):
             _ResBlock(dim, dropout), _group_norm(dim),
         )  # fmt: skip
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.convnext = nn.ModuleList(_ConvNeXt(dim, hidden, 1 / num_blocks) for _ in range(num_blocks))
+        self.convnext = nn.ModuleList(ConvNeXt(dim, hidden, 1 / num_blocks) for _ in range(num_blocks))
         self.final_layer_norm = nn.LayerNorm(dim, eps=1e-6)
-        self.apply(_initialise)
+        self.apply(initialise)
 
     def forward(self, latent: Tensor) -> Tensor:
         """See the class."""
@@ -184,8 +193,8 @@ class _Attention(nn.Module):
         return out
 
 
-class _ConvNeXt(nn.Module):
-    """Depthwise convolution, norm and a perceptron, scaled, beside the identity."""
+class ConvNeXt(nn.Module):
+    """``[B, dim, t]``: depthwise convolution, norm and a perceptron, scaled, beside the identity."""
 
     def __init__(self, dim: int, hidden: int, scale: float) -> None:
         super().__init__()
@@ -206,8 +215,8 @@ def _group_norm(dim: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, dim, eps=1e-6)
 
 
-def _initialise(module: nn.Module) -> None:
-    """As published: truncated normal weights of standard deviation 0.02, zero biases."""
+def initialise(module: nn.Module) -> None:
+    """As Vocos' published: truncated normal weights of standard deviation 0.02, zero biases."""
     if isinstance(module, (nn.Conv1d, nn.Linear)):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

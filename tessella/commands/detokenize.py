@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import get_args
 
@@ -18,6 +18,9 @@ from tessella.data.loader import evaluation_batches
 from tessella.data.tokens import TokenRow, read_tokens
 from tessella.registry import Spec
 from tessella.tokenizer import Tokenizer
+
+# Longer signals of one axis are decoded in chunks: 30 s of 75 positions.
+_MOST_POSITIONS = 2250
 
 
 def detokenize(
@@ -47,26 +50,34 @@ def detokenize(
     written: set[Path] = set()
     rows = itertools.islice(read_tokens(shards, fingerprint(tokenizer)), limit)
     contexts = _contexts(data_of(tokenizer, data)) if tokenizer.autoencoder.takes_context else None
-    for row, signal in _signals(tokenizer, rows, contexts):
+    for row in rows:
         file = _unused(_file_for(out, row.key, medium.suffix), written)
-        medium.write(signal, file)
+        if contexts is None and len(row.extent) == 1 and len(row.indices) > _MOST_POSITIONS:
+            medium.write_pieces(_pieces(tokenizer, row), file)
+        else:
+            medium.write(_signal(tokenizer, row, contexts), file)
         written.add(file)
     return len(written)
 
 
-def _signals(
-    tokenizer: Tokenizer, rows: Iterable[TokenRow], contexts: Iterator[tuple[str, Tensor]] | None
-) -> Iterator[tuple[TokenRow, Tensor]]:
-    """Each row with its signal ``[C, *X]`` in [-1, 1]."""
-    for row in rows:
-        indices, context = row.indices[None].to(tokenizer.device), None
-        if contexts is not None:
-            # Rows are in the data's order, so one pass over it meets them all.
-            found = next((context for key, context in contexts if key == row.key), None)
-            if found is None:
-                raise DataError(f"the data has no '{row.key}', which the decoder needs beside its tokens; see --data")
-            context = found[None].to(tokenizer.device)
-        yield row, tokenizer.decode(indices, context, extent=row.extent)[0].cpu()
+def _signal(tokenizer: Tokenizer, row: TokenRow, contexts: Iterator[tuple[str, Tensor]] | None) -> Tensor:
+    """``[C, *X]`` in [-1, 1]."""
+    indices, context = row.indices[None].to(tokenizer.device), None
+    if contexts is not None:
+        # Rows are in the data's order, so one pass over it meets them all.
+        found = next((context for key, context in contexts if key == row.key), None)
+        if found is None:
+            raise DataError(f"the data has no '{row.key}', which the decoder needs beside its tokens; see --data")
+        context = found[None].to(tokenizer.device)
+    return tokenizer.decode(indices, context, extent=row.extent)[0].cpu()
+
+
+def _pieces(tokenizer: Tokenizer, row: TokenRow) -> Iterator[Tensor]:
+    """The same ``[C, T']`` at a time."""
+    (left,) = row.extent
+    for x_hat in tokenizer.stream().decode([row.indices[None].to(tokenizer.device)]):
+        yield x_hat[0, :, :left].cpu()
+        left -= min(left, x_hat.shape[-1])
 
 
 def _contexts(section: Spec) -> Iterator[tuple[str, Tensor]]:

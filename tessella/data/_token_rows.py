@@ -25,6 +25,7 @@ _VERSION = 1
 # A key becomes a file name, with an ending and perhaps a number behind it: file systems take 255 bytes for a name.
 _MAX_NAME_BYTES = 240
 _MAX_KEY_BYTES = 4000
+_MAX_SIDE = 2**31 - 1  # as the columns hold it
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,8 @@ def flaw_of(key: str, grid: Sequence[int], extent: Sequence[int]) -> str | None:
     if max(len(name.encode("utf-8", "replace")) for name in names) > _MAX_NAME_BYTES or len(key) > _MAX_KEY_BYTES:
         return f"its key has {len(key)} characters; at most {_MAX_NAME_BYTES} bytes a name make a file"
     for what, sizes in (("grid", grid), ("extent", extent)):
-        if not sizes or min(sizes) < 1:
-            return f"its {what} is {list(sizes)}; every side must be at least 1"
+        if not sizes or min(sizes) < 1 or max(sizes) > _MAX_SIDE:
+            return f"its {what} is {list(sizes)}; every side must be at least 1 and at most {_MAX_SIDE}"
     if len(extent) < len(grid):
         return f"its extent {list(extent)} has fewer axes than its grid {list(grid)}"
     return None

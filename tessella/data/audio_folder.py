@@ -14,19 +14,28 @@ import torch
 
 from tessella.data._errors import DataError, UnreadableImage
 from tessella.data._splits import TRAIN_NAME, check_share, find_test_name, held_out_part
-from tessella.data.base import UNKNOWN_LABEL, Sample, Samples, Split
-from tessella.data.sound import Sound, open_sound, sound_extensions, trim_silence
+from tessella.data.base import UNKNOWN_LABEL, Sample, Samples, Split, Streamed
+from tessella.data.sound import Sound, open_sound, sound_chunks, sound_extensions, trim_silence
 from tessella.registry import Spec
+from tessella.text import name_to_text
 
 METADATA = "metadata.csv"
+
+# Longer files go in pieces where whole ones are asked for one by one.
+_LONG_SEC = 30.0
 
 
 @dataclass(frozen=True)
 class _Entry:
     """A file relative to the folder, and its speaker where one is known."""
 
-    key: str
+    file: str
     speaker: str | None
+
+    @property
+    def key(self) -> str:
+        """The file's name as text."""
+        return name_to_text(self.file)
 
 
 class AudioFolder(Samples):
@@ -50,7 +59,8 @@ class AudioFolder(Samples):
         gain_db: in training, the peak of a clip is brought to a level drawn between these two, in dB of full scale.
         trim_db: cut off what is more than so many dB below the file's loudest frame, at its start and end; None for
             nothing. It reads files whole.
-        max_sec: files longer than this are refused where they would be read whole.
+        max_sec: files longer than this are refused where they would have to be held whole: in evaluation without
+            ``clip_sec``, or with ``trim_db``. ``tessella tokenize`` takes files of any length.
         held_out: the share of files held out where the folder itself does not separate them; 1 for all.
 
     Raises:
@@ -96,14 +106,15 @@ class AudioFolder(Samples):
         self.extent = None if self.clip_samples is None else (self.clip_samples,)
         entries, parts = _listed(self.path) if (self.path / METADATA).is_file() else _found(self.path)
         if parts is None:
-            chosen = held_out_part([entry.key for entry in entries], split, held_out)
+            chosen = held_out_part([entry.file for entry in entries], split, held_out)
             self._entries = [entries[position] for position in chosen]
         else:
             self._entries = [entry for entry, part in zip(entries, parts, strict=True) if part == split]
         if not self._entries:
             raise DataError(f"{self.path} holds no sound file for split {split!r}")
-        self.class_names = tuple(sorted({entry.speaker for entry in entries if entry.speaker is not None}))
-        self._labels = {name: label for label, name in enumerate(self.class_names)}
+        speakers = sorted({entry.speaker for entry in entries if entry.speaker is not None})
+        self.class_names = tuple(map(name_to_text, speakers))
+        self._labels = {name: label for label, name in enumerate(speakers)}
 
     @classmethod
     def medium_spec(cls, section: Spec) -> Spec:
@@ -116,7 +127,7 @@ class AudioFolder(Samples):
 
     def sources(self) -> Iterable[Path]:
         """The sound files."""
-        return [self.path / entry.key for entry in self._entries]
+        return [self.path / entry.file for entry in self._entries]
 
     def sample(self, index: int, rng: np.random.Generator | None = None) -> Sample:
         """``x [1, T]``: a clip that ``rng`` chooses, or the middle one; the whole file without ``clip_sec``.
@@ -125,23 +136,45 @@ class AudioFolder(Samples):
             UnreadableImage: the file cannot be decoded, holds nothing or NaN, or is too long to be read whole.
         """
         entry = self._entries[index]
-        with open_sound(self.path / entry.key, entry.key) as sound:
-            wave = self._whole(sound) if self.clip_samples is None or self.trim_db else self._clip(sound, rng)
+        with open_sound(self.path / entry.file, entry.key) as sound:
+            return self._read(entry, sound, rng)
+
+    def sample_or_stream(self, index: int, rng: np.random.Generator | None = None) -> Sample | Streamed:
+        """:meth:`sample`, or in pieces a whole file of more than 30 s; silence is found in whole files alone.
+
+        Raises:
+            UnreadableImage: see :meth:`sample`.
+        """
+        entry = self._entries[index]
+        with open_sound(self.path / entry.file, entry.key) as sound:
+            long = sound.num_frames > _LONG_SEC * sound.rate
+            if long and self.clip_samples is None and self.trim_db is None:
+                return Streamed(self._label(entry), entry.key, self._pieces(entry))
+            return self._read(entry, sound, rng)
+
+    def _pieces(self, entry: _Entry) -> Iterator[torch.Tensor]:
+        for samples in sound_chunks(self.path / entry.file, entry.key, self.sample_rate):
+            yield torch.from_numpy(np.clip(samples, -1, 1))[None]
+
+    def _label(self, entry: _Entry) -> int:
+        return UNKNOWN_LABEL if entry.speaker is None else self._labels[entry.speaker]
+
+    def _read(self, entry: _Entry, sound: Sound, rng: np.random.Generator | None) -> Sample:
+        wave = self._whole(sound) if self.clip_samples is None or self.trim_db else self._clip(sound, rng)
         if self.clip_samples is not None:
             wave = _window(wave, self.clip_samples, rng)
         wave = np.clip(wave, -1, 1)
         peak = np.abs(wave).max()
         if self.gain_db is not None and rng is not None and peak > 0:
             wave = wave * (10 ** (rng.uniform(*self.gain_db) / 20) / peak)
-        label = UNKNOWN_LABEL if entry.speaker is None else self._labels[entry.speaker]
-        return Sample(x=torch.from_numpy(wave.astype(np.float32))[None], label=label, key=entry.key)
+        return Sample(x=torch.from_numpy(wave.astype(np.float32))[None], label=self._label(entry), key=entry.key)
 
     def _whole(self, sound: Sound) -> np.ndarray[Any, Any]:
         seconds = sound.num_frames / sound.rate
         if seconds > self.max_sec:
             raise UnreadableImage(
-                sound.key, f"{seconds:,.0f} s are more than max_sec={self.max_sec:g} allows to be read whole; set "
-                "clip_sec, or tokenize it as a stream",
+                sound.key, f"{seconds:,.0f} s are more than max_sec={self.max_sec:g} allows to be held whole; set "
+                "clip_sec (tokenize takes files of any length, unless trim_db is set)",
             )  # fmt: skip
         wave = sound.read(0, sound.num_frames, self.sample_rate)
         if self.trim_db is not None:

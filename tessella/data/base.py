@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple, NotRequired, TypedDict, cast
 
@@ -50,6 +51,21 @@ class Sample(TypedDict):
     label: int
     key: str
     context: NotRequired[Tensor]
+
+
+@dataclass
+class Streamed:
+    """A signal of one axis that is too long to be held at once.
+
+    Attributes:
+        label: as a sample's.
+        key: likewise.
+        pieces: ``[C, T']`` float32 in [-1, 1], in order; reading them may raise :class:`UnreadableImage`.
+    """
+
+    label: int
+    key: str
+    pieces: Iterator[Tensor]
 
 
 class Batch(TypedDict):
@@ -116,6 +132,14 @@ class Samples(Dataset[Sample], ABC):
         Raises:
             UnreadableImage: it cannot be decoded.
         """
+
+    def sample_or_stream(self, index: int, rng: np.random.Generator | None = None) -> Sample | Streamed:
+        """:meth:`sample`, or its signal in pieces where it is long.
+
+        Raises:
+            UnreadableImage: see :meth:`sample`.
+        """
+        return self.sample(index, rng)
 
     def __getitem__(self, index: int) -> Sample:
         """The sample ``index`` as evaluation sees it.

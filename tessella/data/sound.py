@@ -104,14 +104,14 @@ def trim_silence(wave: np.ndarray[Any, Any], sample_rate: int, below_db: float) 
     return wave if not len(loud) else wave[starts[loud[0]] : starts[loud[-1]] + size]
 
 
-def sound_chunks(path: Path, sample_rate: int, *, chunk_sec: float = 10.0) -> Iterator[np.ndarray[Any, Any]]:
+def sound_chunks(path: Path, key: str, sample_rate: int, *, chunk_sec: float = 10.0) -> Iterator[np.ndarray[Any, Any]]:
     """The mono samples of a file at ``sample_rate``, in order, about ``chunk_sec`` of them at a time.
 
     Raises:
         UnreadableImage: see :func:`open_sound`.
         ModuleNotFoundError: soundfile or soxr is missing.
     """
-    with open_sound(path, str(path)) as sound:
+    with open_sound(path, key) as sound:
         size = max(1, round(chunk_sec * sound.rate))
         if sound.rate == sample_rate:
             for start in range(0, sound.num_frames, size):

@@ -83,7 +83,7 @@ class Audio(Medium):
 
     def read_pieces(self, path: Path) -> Iterator[Tensor]:
         """:meth:`read`, some ten seconds ``[C, T']`` at a time, of files of any length."""
-        for samples in sound_chunks(path, self.sample_rate):
+        for samples in sound_chunks(path, str(path), self.sample_rate):
             yield torch.from_numpy(np.clip(samples, -1, 1))[None].expand(self.channels, -1)
 
     def write_pieces(self, pieces: Iterable[Tensor], path: Path) -> None:

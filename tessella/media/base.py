@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -80,6 +80,10 @@ class Medium(Configurable, ABC):
     def present(self, x: Tensor) -> Any:
         """A signal ``[C, *X]`` in the form in which other programs expect one: the tensor, unless overridden."""
         return x
+
+    def write_pieces(self, pieces: Iterable[Tensor], path: Path) -> None:
+        """:meth:`write` of a signal of one axis in pieces ``[C, T']``; a medium of long signals holds one at a time."""
+        self.write(torch.cat(list(pieces), -1), path)
 
     @abstractmethod
     def metrics(self, *, weights: Path | None = None, **options: Any) -> Metrics:

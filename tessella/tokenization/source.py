@@ -11,7 +11,7 @@ import numpy as np
 
 from tessella.config import build_section
 from tessella.data._errors import EmptySplit
-from tessella.data.base import Sample, Samples, Split, random_for
+from tessella.data.base import Sample, Samples, Split, Streamed, random_for
 from tessella.errors import ConfigError
 from tessella.registry import Spec, find
 
@@ -67,8 +67,8 @@ class Source:
         plain: Spec = json.loads(json.dumps(self.section, default=str))  # a path may be a Path
         return {"data": plain, "parts": [part.identity() for part in self.parts]}
 
-    def sample(self, index: int, variant: int) -> Sample:
-        """One row's view of the input ``index``.
+    def sample(self, index: int, variant: int) -> Sample | Streamed:
+        """One row's view of the input ``index``, in pieces where it is long.
 
         Raises:
             UnreadableImage: it cannot be read.
@@ -76,7 +76,7 @@ class Source:
         part = bisect_right(self._ends, index)
         within = index - (self._ends[part - 1] if part else 0)
         rng: np.random.Generator | None = random_for(_VARIANT_SEED, variant, within) if self.variants else None
-        return self.parts[part].sample(within, rng)
+        return self.parts[part].sample_or_stream(within, rng)
 
 
 def open_source(section: Spec, split: AnySplit, *, variants: int = 0, whole: bool = False) -> Source:

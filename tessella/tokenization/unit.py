@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -15,13 +15,11 @@ from torch import Tensor
 from tessella.checkpoint import fingerprint, load
 from tessella.data._timing import measured
 from tessella.data._token_rows import Rows, flaw_of
-from tessella.data.base import DataError, Sample, UnreadableImage
+from tessella.data.base import DataError, Sample, Streamed, UnreadableImage
 from tessella.data.loader import ahead
 from tessella.tokenization.plan import Output, Plan, Record
 from tessella.tokenization.source import Source
 from tessella.tokenizer import Tokenizer
-
-# Batches that are read before the model asks for them.
 
 # Of signals that have no common size, a batch ends here: 256 MB.
 _MOST_VALUES = 2**26
@@ -55,7 +53,7 @@ class _Read:
     """Some rows of one shard, read: samples with the input they are of, and what was refused."""
 
     number: int
-    samples: list[tuple[int, Sample]] = field(default_factory=list)
+    samples: list[tuple[int, Sample | Streamed]] = field(default_factory=list)
     refused: dict[int, tuple[str, str]] = field(default_factory=dict)
     inputs: int = 0
     num_values: int = 0
@@ -69,12 +67,14 @@ class _Read:
         except UnreadableImage as error:
             self.refused.setdefault(index, (error.key, error.reason))
             return
-        flaw = flaw_of(sample["key"], (1,), sample["x"].shape[1:])
-        if flaw is None:
-            self.samples.append((index, sample))
-            self.num_values += sample["x"].numel()
-        else:
-            self.refused.setdefault(index, (sample["key"], flaw))
+        streamed = isinstance(sample, Streamed)
+        key, extent = (sample.key, (1,)) if streamed else (sample["key"], sample["x"].shape[1:])
+        flaw = flaw_of(key, (1,), extent)
+        if flaw is not None:
+            self.refused.setdefault(index, (key, flaw))
+            return
+        self.samples.append((index, sample))
+        self.num_values += 0 if streamed else sample["x"].numel()
 
 
 class _Row(NamedTuple):
@@ -158,19 +158,42 @@ class _Shard:
 
     def encode(self, read: _Read) -> None:
         began = time.perf_counter()
+        held = {i: sample for i, (_, sample) in enumerate(read.samples) if not isinstance(sample, Streamed)}
         tokens: dict[int, Tensor] = {}
-        for group in _alike([sample for _, sample in read.samples]):
-            x = _stack([read.samples[i][1]["x"] for i in group]).to(self._tokenizer.device)
+        for group in _alike(held):
+            x = _stack([held[i]["x"] for i in group]).to(self._tokenizer.device)
             context = None
-            if "context" in read.samples[group[0]][1]:
-                context = _stack([read.samples[i][1]["context"] for i in group]).to(self._tokenizer.device)
+            if "context" in held[group[0]]:
+                context = _stack([held[i]["context"] for i in group]).to(self._tokenizer.device)
             indices = self._tokenizer.encode(x, context, pad=True).cpu()
             tokens |= dict(zip(group, indices, strict=True))
         for position, (index, sample) in enumerate(read.samples):
-            extent = tuple(sample["x"].shape[1:])
-            self._rows.append(_Row(index, sample["key"], sample["label"], tokens[position], extent))
+            if isinstance(sample, Streamed):
+                self._encode_in_pieces(index, sample)
+            else:
+                extent = tuple(sample["x"].shape[1:])
+                self._rows.append(_Row(index, sample["key"], sample["label"], tokens[position], extent))
         self._refused |= {index: pair for index, pair in read.refused.items() if index not in self._refused}
         self._add({**read.seconds, "model": time.perf_counter() - began})
+
+    def _encode_in_pieces(self, index: int, signal: Streamed) -> None:
+        length = 0
+
+        def pieces() -> Iterator[Tensor]:
+            nonlocal length
+            for piece in ahead(signal.pieces):
+                length += piece.shape[-1]
+                yield piece[None].to(self._tokenizer.device)
+
+        try:
+            indices = torch.cat([part[0].cpu() for part in self._tokenizer.stream().encode(pieces())])
+        except UnreadableImage as error:
+            self._refused.setdefault(index, (error.key, error.reason))
+            return
+        if (flaw := flaw_of(signal.key, indices.shape[:-1], (length,))) is not None:
+            self._refused.setdefault(index, (signal.key, flaw))
+            return
+        self._rows.append(_Row(index, signal.key, signal.label, indices, (length,)))
 
     def save(self, number: int, output: Output) -> Record:
         """Write what was gathered; an input of which one view was refused is refused whole."""
@@ -194,13 +217,13 @@ def _plain(key: str, reason: str) -> tuple[str, str]:
     return key.encode("utf-8", "backslashreplace").decode(), reason.encode("utf-8", "backslashreplace").decode()
 
 
-def _alike(samples: list[Sample]) -> list[list[int]]:
-    """Positions of samples whose signals and contexts have one shape: these are encoded together, none is padded.
+def _alike(samples: Mapping[int, Sample]) -> list[list[int]]:
+    """Keys of samples whose signals and contexts have one shape: these are encoded together, none is padded.
 
     Zeros behind a signal would be seen by its last tokens, so that they depended on the company it was read in.
     """
     groups: dict[tuple[torch.Size, ...], list[int]] = {}
-    for position, sample in enumerate(samples):
+    for position, sample in samples.items():
         shapes = (sample["x"].shape, *([sample["context"].shape] if "context" in sample else []))
         groups.setdefault(shapes, []).append(position)
     return list(groups.values())

@@ -1,4 +1,4 @@
-"""SEANet and Vocos: sizes, lengths, causality, chunks."""
+"""SEANet, Vocos and spectra: sizes, lengths, causality, chunks."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tessella.autoencoders import SEANet, Vocos
-from tessella.autoencoders.base import Memory
+from tessella.autoencoders import SEANet, Spectral, Vocos
+from tessella.autoencoders.base import Autoencoder, Memory
 from tessella.autoencoders.seanet import CausalConv, CausalTransposed, pad_reflecting
 from tessella.quantizers import FSQ
 from tessella.tokenizer import Tokenizer
@@ -24,6 +24,11 @@ def seanet(**options: Any) -> SEANet:
 def vocos(**options: Any) -> Vocos:
     small = {**SMALL, "dim": 16, "hidden": 24, "num_blocks": 2, "n_fft": 32}
     return Vocos(**{**small, **options}).eval()
+
+
+def spectral(**options: Any) -> Spectral:
+    small = {"latent_dim": 6, "hop": 8, "n_fft": 32, "dim": 16, "hidden": 24}
+    return Spectral(**{**small, "num_encoder_blocks": 2, "num_decoder_blocks": 1, **options}).eval()
 
 
 def count(module: nn.Module) -> int:
@@ -46,8 +51,15 @@ def test_the_published_sizes() -> None:
 @pytest.mark.parametrize("make", [seanet, vocos])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("pad_mode", ["reflect", "constant"])
-def test_lengths(make: Any, causal: bool, pad_mode: str) -> None:
-    model = make(causal=causal, pad_mode=pad_mode)
+def test_lengths_of_convolutions(make: Any, causal: bool, pad_mode: str) -> None:
+    lengths(make(causal=causal, pad_mode=pad_mode))
+
+
+def test_lengths_of_spectra() -> None:
+    lengths(spectral())
+
+
+def lengths(model: Autoencoder) -> None:
     tokenizer = Tokenizer(model, FSQ([5, 5])).eval()
     for length in range(1, 3 * 8 + 2):
         x = torch.randn(2, 1, length)
@@ -103,6 +115,34 @@ def test_chunked_encoding_equals_whole(make: Any, pad_mode: str) -> None:
     torch.testing.assert_close(torch.cat(parts, 1), model.encode(x), rtol=0, atol=1e-12)
 
 
+def test_spectra_with_as_much_context_as_they_reach_equal_the_whole() -> None:
+    model = spectral().double()
+    assert model.reach == 3 * 3 + 2
+    tokenizer = Tokenizer(model, FSQ([8, 8])).double().eval()
+    x = torch.randn(1, 1, 8 * 90 + 3, dtype=torch.float64)
+    indices = tokenizer.encode(x, pad=True)
+    stream = tokenizer.stream(chunk=model.reach, context=model.reach)
+    assert torch.equal(torch.cat(list(stream.encode(x.split(100, -1))), 1), indices)
+    whole = tokenizer.decode(indices)
+    torch.testing.assert_close(torch.cat(list(stream.decode([indices])), -1), whole, rtol=0, atol=1e-12)
+    blind = tokenizer.stream(chunk=model.reach, context=0)
+    parts = torch.cat([tokenizer.autoencoder.encode(x[..., : 8 * 20]), model.encode(x[..., 8 * 20 :])], 1)
+    assert (parts - model.encode(x)).abs().amax((0, 2)).nonzero().min() == 20 - model.reach
+    assert not torch.equal(torch.cat(list(blind.decode([indices])), -1), whole)
+
+
+def test_a_tone_of_spectra_is_seen_with_its_phase() -> None:
+    """Half a turn moves the real and the imaginary part, not the magnitude."""
+    seen: list[Tensor] = []
+    model = spectral()
+    model.read.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0, 10]))
+    tone = torch.sin(2 * torch.pi * 4 / 32 * torch.arange(200))[None, None]
+    model.encode(tone), model.encode(-tone)
+    assert torch.allclose(seen[0][:17], seen[1][:17])
+    assert torch.allclose(seen[0][17:], -seen[1][17:], atol=1e-5)
+    assert seen[0][:17].argmax() == 4
+
+
 @pytest.mark.parametrize("pad_mode", ["reflect", "constant"])
 def test_chunked_decoding_equals_whole(pad_mode: str) -> None:
     model = seanet(pad_mode=pad_mode, num_res_layers=2).double()
@@ -142,7 +182,7 @@ def last_layer_moves_the_signal(model: Any) -> Tensor:
 
 
 def test_every_parameter_and_the_last_layer_get_gradient() -> None:
-    for model in (seanet(), vocos()):
+    for model in (seanet(), vocos(), spectral()):
         assert last_layer_moves_the_signal(model).abs().sum() > 0
         model.train().decode(model.encode(torch.randn(2, 1, 64))).square().sum().backward()
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
