@@ -22,7 +22,9 @@ from tessella.data.audio_folder import AudioFolder  # noqa: E402
 from tessella.data.base import Streamed  # noqa: E402
 from tessella.data.tokens import read_manifest, read_tokens  # noqa: E402
 from tessella.media.audio import Audio  # noqa: E402
+from tessella.tokenization.engine import tokenize_dataset  # noqa: E402
 
+ROOT = Path(__file__).parents[1]
 RATE = 4000
 CAUSAL = 'name = "seanet"\nchannels = 2\nlatent_dim = 4\nstrides = [5, 8]\nnum_lstm_layers = 1\n'
 SPECTRAL = (
@@ -95,11 +97,9 @@ def test_the_tokens_of_a_long_file_are_those_of_the_whole(name: str, files: Path
     model = tessella.load(Path(name))
     assert model.autoencoder.chunks_encoder or model.autoencoder.reach is not None
     arguments: Any = {"data": f"audio_folder:{files}", "whole": True, "device": "cpu"}
-    from tessella.tokenization import engine
-
     section = {"name": "audio_folder", "path": str(files), "sample_rate": RATE, "held_out": 1.0}
-    engine.tokenize_dataset(Path(name), section, Path(f"tokens of {name}"), split="test", whole=True, device="cpu",
-                            max_skip_share=0.5)  # fmt: skip
+    tokenize_dataset(Path(name), section, Path(f"tokens of {name}"), split="test", whole=True, device="cpu",
+                     max_skip_share=0.5)  # fmt: skip
     with pytest.raises(tessella.TessellaError, match="2 of 6 inputs cannot be used"):
         tessella.tokenize(Path(name), Path(f"refused by {name}"), **arguments)
     rows = {row.key: row for row in read_tokens(f"tokens of {name}")}
@@ -136,15 +136,15 @@ def test_only_long_whole_files_come_in_pieces(files: Path) -> None:
 MEASURED = r"""
 import re, sys, tessella
 from pathlib import Path
-folder = Path(sys.argv[1])
-tessella.tokenize(Path("spectral"), folder / "tokens", data=f"audio_folder:{folder / 'file'}", whole=True, device="cpu")
-tessella.detokenize(Path("spectral"), folder / "tokens", folder / "back", device="cpu")
+run, folder = map(Path, sys.argv[1:])
+tessella.tokenize(run, folder / "tokens", data=f"audio_folder:{folder / 'file'}", whole=True, device="cpu")
+tessella.detokenize(run, folder / "tokens", folder / "back", device="cpu")
 print(int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024)
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads the peak memory of a process in /proc")
-def test_three_hours_take_the_memory_of_ten_seconds(tmp_path: Path) -> None:
+def test_three_hours_take_the_memory_of_ten_seconds(workspace: Path, tmp_path: Path) -> None:
     peaks = {}
     for seconds in (10, 3 * 3600):
         file = tmp_path / str(seconds) / "file" / "a.wav"
@@ -152,8 +152,9 @@ def test_three_hours_take_the_memory_of_ten_seconds(tmp_path: Path) -> None:
         with file.open("wb") as stream:  # zeros that take no room
             stream.write(wav_header(RATE, 2 * RATE * seconds))
             stream.truncate(44 + 2 * RATE * seconds)
-        command = [sys.executable, "-c", MEASURED, str(file.parents[1])]
-        done = subprocess.run(command, capture_output=True, text=True, env=single_threaded(), timeout=120, check=False)
+        command = [sys.executable, "-c", MEASURED, str(workspace / "spectral"), str(file.parents[1])]
+        done = subprocess.run(command, capture_output=True, text=True, env=single_threaded(), cwd=ROOT, timeout=300,
+                              check=False)  # fmt: skip
         assert done.returncode == 0, done.stderr
         peaks[seconds] = float(done.stdout.splitlines()[-1])
         (row,) = read_tokens(file.parents[1] / "tokens")

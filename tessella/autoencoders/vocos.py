@@ -205,6 +205,7 @@ class ConvNeXt(nn.Module):
         self.gamma = nn.Parameter(torch.full((dim,), scale))
 
     def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
         h = functional.gelu(self.pwconv1(self.norm(self.dwconv(x).mT)))
         out: Tensor = x + (self.gamma * self.pwconv2(h)).mT
         return out

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tessella.autoencoders.conv import Conv
@@ -26,6 +25,7 @@ from tessella.interop.base import (
 from tessella.quantizers.vq import VQ
 from tessella.registry import Spec
 from tessella.storage import atomic_folder
+from tessella.storage.tensors import write_tensors
 
 LICENCE = "as stated where the model was published"
 PAPER = "arXiv 2012.09841"
@@ -105,7 +105,7 @@ def export(model: Path, out: Path) -> Path:
             value = value.flatten(1)
         state[published] = value.contiguous()
     with atomic_folder(out) as folder:
-        save_file(state, folder / WEIGHTS, {"format": "pt"})
+        write_tensors(folder / WEIGHTS, state, {"format": "pt"})
         text = json.dumps(_config(arguments, quantizer), indent=2) + "\n"
         (folder / CONFIG).write_text(text, encoding="utf-8")
     return out

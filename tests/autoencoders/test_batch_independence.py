@@ -37,6 +37,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "uvim_no_code": _UVIM,
     "seanet": _WAVES,
     "seanet not causal": {**_WAVES, "causal": False},
+    "spectral": {"latent_dim": 16, "hop": 8, "n_fft": 32, "dim": 32, "hidden": 64},
     "vocos": {**_WAVES, "dim": 32, "hidden": 64, "num_blocks": 1, "n_fft": 32},
 }  # fmt: skip
 
@@ -45,7 +46,7 @@ def signals(name: str, count: int) -> tuple[Tensor, Tensor | None]:
     """With long flat parts, where rounding decides between codes, and noise; and a context where one is taken."""
     rng = torch.Generator().manual_seed(0)
     side = SMALL[name].get("size_px", 16)
-    shape = (1, 160) if name.split()[0] in ("seanet", "vocos") else (3, side, side)
+    shape = (1, 160) if name.split()[0] in ("seanet", "spectral", "vocos") else (3, side, side)
     x = torch.rand(count, *shape, generator=rng) * 2 - 1
     x[::3] = (x[::3] * 2).round() / 2
     if name.startswith("uvim"):

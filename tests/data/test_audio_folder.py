@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,21 @@ def test_train_and_test_folders_are_the_splits(tmp_path: Path) -> None:
         data = folder(tmp_path, split=split, held_out=0.5)
         assert [entry["key"] for entry in data] == [key]
         assert data.class_names == ("ann",)
+
+
+def test_names_that_are_no_text_become_keys_that_are(tmp_path: Path) -> None:
+    speaker = tmp_path / os.fsdecode(b"caf\xe9")
+    write(tmp_path / "a.wav", tone(0.1, RATE))
+    speaker.mkdir()
+    (tmp_path / "a.wav").rename(speaker / os.fsdecode(b"na\xefve.wav"))
+    (speaker / os.fsdecode(b"\xff.wav")).write_text("no sound")
+    data = folder(tmp_path)
+    assert data[0]["key"] == r"caf\xe9/na\xefve.wav"
+    assert data.class_names == (r"caf\xe9",)
+    with pytest.raises(UnreadableImage) as caught:
+        data[1]
+    assert caught.value.key == r"caf\xe9/\xff.wav"
+    assert data.identity()["count"] == 2
 
 
 def test_metadata_names_files_splits_and_speakers(tmp_path: Path) -> None:

@@ -17,18 +17,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tessella.data._variants import Variants
 from tessella.data.base import (
     Batch,
     DataError,
     ImageDataset,
     Picture,
     SkipBudget,
+    Streamed,
     UnreadableImage,
-    random_for,
     to_tensor,
 )
 from tessella.data.loader import evaluation_batches, training_batches
+from tessella.errors import ConfigError
+from tessella.tokenization.source import Source
 
 
 class Numbered(ImageDataset):
@@ -306,41 +307,41 @@ def test_split_is_checked() -> None:
         Any()
 
 
+def variants_of(pictures: Numbered, count: int) -> Source:
+    return Source([pictures], section={}, split="train", variants=count, whole=False)
+
+
 def test_variants_are_what_training_draws() -> None:
     pictures = Numbered(3, crop_px=3, flip=True)
-    variants = Variants(pictures, 4, seed=7)
-    rows = list(variants)
-    assert len(rows) == len(variants) == 12
-    assert [row["key"] for row in rows] == [key for key in "012" for _ in range(4)]
-    assert [row["label"] for row in rows] == [0] * 4 + [1] * 4 + [2] * 4
+    source = variants_of(pictures, 4)
+    assert (len(source), source.rows_per_input) == (3, 4)
     for epoch in range(4):
-        (drawn,) = take(training_batches(pictures, batch_size=3, seed=7, start_batch=epoch), 1)
+        (drawn,) = take(training_batches(pictures, batch_size=3, seed=0, start_batch=epoch), 1)
         for x, key in zip(drawn["x"], drawn["key"], strict=True):
-            assert torch.equal(variants[4 * int(key) + epoch]["x"], x)
-    assert len({row["x"].numpy().tobytes() for row in rows}) > 9  # of 12 with 48 views each
-    again, other = Variants(pictures, 4, seed=7), Variants(pictures, 4, seed=8)
-    assert all(torch.equal(a["x"], b["x"]) for a, b in zip(again, rows, strict=True))
-    assert not all(torch.equal(a["x"], b["x"]) for a, b in zip(other, rows, strict=True))
-    varied = variants.sample(5, random_for(1, 2, 3))
-    assert torch.equal(varied["x"], pictures.sample(1, random_for(1, 2, 3))["x"])
+            row = source.sample(int(key), epoch)
+            assert not isinstance(row, Streamed)
+            assert torch.equal(row["x"], x)
+            assert (row["key"], row["label"]) == (key, int(key) % 3)
+    rows = [source.sample(index, variant) for index in range(3) for variant in range(4)]
+    assert len({row["x"].numpy().tobytes() for row in rows if not isinstance(row, Streamed)}) > 9  # of 12 with 48 views
 
 
-def test_variants_of_an_unreadable_picture_are_all_skipped() -> None:
-    (batch,) = evaluation_batches(Variants(Numbered(3, broken=(1,)), 2, seed=0), batch_size=6)
-    assert batch["key"] == ["0", "0", "2", "2"]
-    assert [key for key, _ in batch["skipped"]] == ["1", "1"]
+def test_every_variant_of_an_unreadable_picture_is_refused() -> None:
+    source = variants_of(Numbered(3, broken=(1,), crop_px=3), 2)
+    for variant in range(2):
+        with pytest.raises(UnreadableImage, match="1: broken on purpose"):
+            source.sample(1, variant)
+    source.sample(0, 1), source.sample(2, 0)
 
 
-def test_variants_keep_the_names_of_classes_and_check_numbers() -> None:
-    pictures = Numbered(3)
+def test_variants_keep_the_names_of_classes_and_need_windows() -> None:
+    pictures = Numbered(3, crop_px=3)
     pictures.class_names = ("a", "b", "c")
-    assert Variants(pictures, 2, seed=0).class_names == ("a", "b", "c")
-    with pytest.raises(ValueError, match="num_variants must be at least 1, got 0"):
-        Variants(pictures, 0, seed=0)
-    with pytest.raises(ValueError, match="seed must be at least 0, got -1"):
-        Variants(pictures, 1, seed=-1)
-    with pytest.raises(IndexError, match=r"index 6 is outside \[0, 6\)"):
-        Variants(pictures, 2, seed=0)[6]
+    assert variants_of(pictures, 2).class_names == ("a", "b", "c")
+    with pytest.raises(ConfigError, match="variants must be at least 0, got -1"):
+        variants_of(pictures, -1)
+    with pytest.raises(ConfigError, match=r"variants are random windows of a signal: they need data\.crop_px"):
+        variants_of(Numbered(3), 2)
 
 
 def batch_of(read: int, skipped: int) -> Batch:

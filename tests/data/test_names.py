@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tessella.data._names import NaturalKey, identity_of
-from tessella.data._variants import Variants
 from tessella.data.folder import Folder
 from tessella.text import name_to_text, text_to_name
+from tessella.tokenization.source import Source
 
 PARTS = st.text(alphabet="01290ab.\u0663-", min_size=1, max_size=6)
 
@@ -86,8 +86,9 @@ def test_identity_is_of_names_and_sizes(tmp_path: Path) -> None:
     assert identity() == first
     os.rename(folder / "2.bmp", folder / "5.bmp")
     assert identity() != first
-    variants = Variants(Folder(folder, split="test", held_out=1.0), 2, seed=0)
-    assert variants.identity() == {"count": 6, "hash": identity()["hash"]}
+    parts = [Folder(folder, split="test", held_out=1.0, crop_px=4)]
+    source = Source(parts, section={"path": folder}, split="test", variants=2, whole=False)
+    assert source.describe() == {"data": {"path": str(folder)}, "parts": [identity()]}
 
 
 def test_identity_tells_a_name_from_a_size() -> None:
