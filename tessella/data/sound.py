@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -80,7 +81,7 @@ def open_sound(path: Path, key: str) -> Iterator[Sound]:
     """
     soundfile = require("soundfile", extra="audio")
     try:
-        with soundfile.SoundFile(str(path)) as opened:
+        with soundfile.SoundFile(os.fsencode(path)) as opened:  # of a str it takes no bytes that are no text
             if opened.samplerate < 1:
                 raise UnreadableImage(key, f"a rate of {opened.samplerate} Hz in the header")
             if opened.frames < 1:
