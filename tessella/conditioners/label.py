@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from tessella.conditioners.base import Conditioner
+from tessella.ops.ranges import check_range
 
 
 class Label(Conditioner):
@@ -44,9 +44,6 @@ class Label(Conditioner):
         """See :meth:`Conditioner.embed`; ``condition [B]`` integers."""
         if condition.ndim != 1 or condition.is_floating_point():
             raise ValueError(f"labels must be integers [B], got {condition.dtype} {list(condition.shape)}")
-        if len(condition) and not torch.compiler.is_compiling():  # a compiled graph cannot branch on values
-            low, high = condition.aminmax()
-            if low < 0 or high >= self.num_classes:
-                raise ValueError(f"labels must lie in [0, {self.num_classes}), got {low.item()} .. {high.item()}")
+        check_range(condition, self.num_classes, "labels")
         embedded: Tensor = self.embedding(condition)[:, None]
         return embedded

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tessella.config import Configurable
 from tessella.described import Described, parts, size
 from tessella.generators.sampling import Rng
+from tessella.ops.ranges import check_range
 from tessella.registry import Spec
 from tessella.tokenizer import TokenSpace
 
@@ -163,11 +164,4 @@ class Generator(Described, Configurable, nn.Module, ABC):
             raise ValueError(f"indices must be [B, {', '.join(map(str, expected))}], got {list(indices.shape)}")
         if indices.is_floating_point():
             raise ValueError(f"indices must be integers, got {indices.dtype}")
-        if torch.compiler.is_compiling():  # a compiled graph cannot branch on values
-            return
-        low, high = indices.aminmax()
-        if low < 0 or high >= self.space.codebook_size:
-            raise ValueError(
-                f"indices must lie in [0, {self.space.codebook_size}), got {low.item()} .. {high.item()}; "
-                "were they made by another tokenizer?"
-            )
+        check_range(indices, self.space.codebook_size, "indices", "; were they made by another tokenizer?")

@@ -144,6 +144,7 @@ class CoarseToFine(Generator):
         self.fine = FinePredictor(space, num_clusters, conditioner=conditioner, **settings)
         self.register_buffer("labels", torch.zeros(space.num_codebooks, space.codebook_size, dtype=torch.long))
         self.register_buffer("fitted", torch.tensor(False))
+        self._seen_fitted = False
 
     @torch.no_grad()
     def fit_codebook(self, codebook: Tensor, *, seed: int) -> None:
@@ -269,10 +270,18 @@ class CoarseToFine(Generator):
         return self.coarse.bits(labels, condition) + fine
 
     def _require_fitted(self) -> None:
+        # Reading the buffer waits for the device, so only until it was once seen set: nothing but a state dict unsets it.
         # A compiled graph cannot branch on values.
-        if not torch.compiler.is_compiling() and not self.fitted:
+        if self._seen_fitted or torch.compiler.is_compiling():
+            return
+        self._seen_fitted = bool(self.fitted)
+        if not self._seen_fitted:
             raise RuntimeError("the codes are not clustered: call fit_codebook(tokenizer.quantizer.codebook, seed=...) "
                                "before training, or load a state dict")  # fmt: skip
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._seen_fitted = False
 
     def _with_noise(self, labels: Tensor) -> Tensor:
         if not self.training or self.coarse_noise == 0:
