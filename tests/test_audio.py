@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import wave
 from pathlib import Path
 
@@ -16,6 +17,7 @@ for package in ("pesq", "pystoi", "soxr", "soundfile"):
 from sounds import write, write_speech  # noqa: E402
 
 import tessella  # noqa: E402
+from tessella import cli  # noqa: E402
 from tessella.data.audio_folder import AudioFolder  # noqa: E402
 from tessella.data.loader import evaluation_batches  # noqa: E402
 from tessella.data.tokens import read_tokens  # noqa: E402
@@ -141,6 +143,21 @@ def test_evaluation_and_report(run: Path) -> None:
     assert page.count("<audio controls") >= 2
     assert "media-src data:" in page
     assert (run / "original-01.wav").read_bytes()[:4] == b"RIFF"
+
+
+def test_word_errors_from_the_command_line(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pocketsphinx", reason="pocketsphinx (the extra 'audio') is missing")
+    keys = [sample["key"] for sample in AudioFolder("speech", split="test", sample_rate=8000, held_out=0.4)]
+    Path("texts.csv").write_text("file,text\n" + "".join(f"{key},one two three\n" for key in keys[:-1]))
+    monkeypatch.setattr(sys, "argv", ["tessella", "evaluate", str(run), "--whole", "--transcripts", "texts.csv"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 0
+    record = json.loads((run / "evaluation.json").read_text())
+    assert record["wer"] >= 0
+    assert record["wer_original"] >= 0
+    assert "wer" not in record["protocol"]["absent"]
+    assert "wer: 1" in record["protocol"]["files_without"]
 
 
 @pytest.mark.parametrize("rate", [8000, 12000])

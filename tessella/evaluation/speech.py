@@ -20,6 +20,7 @@ from tessella.evaluation.base import Metrics, Number
 from tessella.evaluation.pitch import voicing_f1
 from tessella.extras import require
 from tessella.losses.mel import MelSpectrogram, log_mel
+from tessella.text import name_to_text
 
 # Of an original and its reconstruction, both [T] in [-1, 1], and their rate: a number.
 Scorer = Callable[[Tensor, Tensor, int], float]
@@ -82,7 +83,9 @@ class SpeechMetrics(Metrics):
                     self._num_unmeasured[name] = self._num_unmeasured.get(name, 0) + 1
                 else:
                     self._scores.setdefault(name, []).append(value)
-            if self.texts is not None and key in self.texts:
+            if self.texts is not None and key not in self.texts:
+                self._num_unmeasured["wer"] = self._num_unmeasured.get("wer", 0) + 1
+            elif self.texts is not None:
                 words = spoken_words(self.texts[key])
                 self._num_words += len(words)
                 for name, wave in (("wer", rebuilt), ("wer_original", truth)):
@@ -104,7 +107,7 @@ class SpeechMetrics(Metrics):
 
     def protocol(self) -> dict[str, Any]:
         """The rate, what is absent, and how many files a metric refused."""
-        absent = [name for name in HOOKS if name not in self.scorers] + ([] if self.texts else ["wer"])
+        absent = [name for name in HOOKS if name not in self.scorers] + ([] if self._num_words else ["wer"])
         return {
             "sample_rate": self.sample_rate,
             "absent": ", ".join(absent) or "none",
@@ -116,7 +119,7 @@ class SpeechMetrics(Metrics):
         return {
             "sample_rate": "in Hz; both signals clamped to [-1, 1] and rounded to 16 bits before every metric",
             "absent": "not measured, for want of a network or of transcripts",
-            "files_without": "files too short or too silent for a metric, left out of its mean",
+            "files_without": "files too short or too silent for a metric, or without a transcript, left out of its mean",
             "pesq": "wide-band PESQ (ITU-T P.862.2, package pesq) at 16 kHz, 1.04 to 4.64; mean",
             "stoi": "short-time objective intelligibility (package pystoi), 0 to 1; mean",
             "si_sdr_db": "scale-invariant signal-to-distortion ratio of samples without offset, in dB; mean",
@@ -251,10 +254,16 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def _read_transcripts(file: Path) -> dict[str, str]:
-    """Text by file."""
+    """Text by key; what has none is left out."""
+    wanted = "transcripts are a table (.csv) with columns 'file' and 'text'"
     try:
         with file.open(newline="", encoding="utf-8-sig") as stream:
-            rows = list(csv.DictReader(stream))
-        return {row["file"]: row["text"] for row in rows}
-    except (OSError, UnicodeDecodeError, KeyError, csv.Error) as error:
-        raise ConfigError(f"{file} holds no transcripts, a table with columns 'file' and 'text': {error!r}") from error
+            reader = csv.DictReader(stream)
+            columns, rows = reader.fieldnames or [], list(reader)
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {(error.strerror or str(error)).lower()}; {wanted}") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"{file} is no table: {error}; {wanted}") from error
+    if not {"file", "text"} <= set(columns):
+        raise ConfigError(f"{file} has columns {', '.join(columns) or 'none'}; {wanted}")
+    return {name_to_text(row["file"]): row["text"] for row in rows if row["file"] and row["text"]}

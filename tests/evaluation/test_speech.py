@@ -143,10 +143,30 @@ def test_scorers_are_hooks_and_their_absence_is_told() -> None:
     assert hooked.protocol()["absent"] == "visqol, speaker_similarity, wer"
 
 
-def test_transcripts_without_their_columns_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "metadata.csv").write_text("file\na.wav\n")
-    with pytest.raises(ConfigError, match=r"metadata\.csv holds no transcripts"):
-        SpeechMetrics(RATE, transcripts=tmp_path / "metadata.csv")
+def test_what_holds_no_transcripts_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "metadata.csv"
+    wanted = r"; transcripts are a table \(\.csv\) with columns 'file' and 'text'$"
+    file.write_text("file\na.wav\n")
+    with pytest.raises(ConfigError, match=rf"metadata\.csv has columns file{wanted}"):
+        SpeechMetrics(RATE, transcripts=file)
+    with pytest.raises(ConfigError, match=rf"cannot be read: is a directory{wanted}"):
+        SpeechMetrics(RATE, transcripts=tmp_path)
+    with pytest.raises(ConfigError, match=rf"none\.csv cannot be read: no such file or directory{wanted}"):
+        SpeechMetrics(RATE, transcripts=tmp_path / "none.csv")
+    file.write_bytes(b"file,text\na.wav,caf\xe9\n")
+    with pytest.raises(ConfigError, match=rf"metadata\.csv is no table: .*{wanted}"):
+        SpeechMetrics(RATE, transcripts=file)
+
+
+def test_files_without_a_transcript_are_counted(tmp_path: Path) -> None:
+    file = tmp_path / "metadata.csv"
+    file.write_text("file,text\na.wav\nb.wav,\n")  # a row that is too short, and an empty one
+    metrics = SpeechMetrics(RATE, transcripts=file)
+    x = 0.1 * torch.randn(2, 1, RATE)
+    metrics.update(x, x, Batch(x=x, label=torch.tensor([-1, -1]), key=["a.wav", "b.wav"], skipped=[]))
+    assert metrics.compute()["wer"] is None
+    assert metrics.protocol()["absent"].endswith(", wer")
+    assert "wer: 2" in metrics.protocol()["files_without"]
 
 
 def test_stereo_is_averaged() -> None:
