@@ -270,8 +270,8 @@ class CoarseToFine(Generator):
         return self.coarse.bits(labels, condition) + fine
 
     def _require_fitted(self) -> None:
-        # Reading the buffer waits for the device, so only until it was once seen set: nothing but a state dict unsets it.
-        # A compiled graph cannot branch on values.
+        # Reading the buffer waits for the device, so only until it was once seen set, which nothing but a state dict
+        # undoes. A compiled graph cannot branch on values.
         if self._seen_fitted or torch.compiler.is_compiling():
             return
         self._seen_fitted = bool(self.fitted)

@@ -10,8 +10,8 @@ def check_range(values: Tensor, size: int, what: str, hint: str = "") -> None:
     """Refuse ``values`` outside ``[0, size)``.
 
     They are looked at where that is free, on a CPU, and where somebody asks for an answer, without gradients. In a
-    training step on CUDA the device checks them itself and stops the program at its next answer; a compiled graph, which
-    cannot branch on values, takes them as they are.
+    training step on CUDA the device checks them itself and stops the program at its next answer; a compiled graph,
+    which cannot branch on values, takes them as they are.
 
     Args:
         values: integers of any shape.

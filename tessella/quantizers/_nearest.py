@@ -45,7 +45,7 @@ class NearestNeighbour(Quantizer):
 
     def quantize(self, z: Tensor, mask: Tensor | None) -> Quantized:
         """See :meth:`Quantizer.quantize`."""
-        codebook = self._codes().to(z.dtype)
+        codebook = self._read_codebook().to(z.dtype)
         indices = nearest(z, codebook)
         codes = functional.embedding(indices, codebook)
         error = mean_squared(z, codes.detach(), mask)

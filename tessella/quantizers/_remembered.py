@@ -45,7 +45,7 @@ class Remembered:
 
 
 def _worth_it(sources: Sequence[Tensor]) -> bool:
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
         return False
     # Of subclasses (fake, sharded, quantized tensors) nobody knows what a comparison costs.
     plain = all(type(source) in (Tensor, torch.nn.Parameter) and source.device.type == "cpu" for source in sources)

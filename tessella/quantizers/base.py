@@ -130,9 +130,9 @@ class Quantizer(Configurable, nn.Module, ABC):
         return self._lookup(indices.long())
 
     def _lookup(self, indices: Tensor) -> Tensor:
-        return functional.embedding(indices[..., 0], self._codes())
+        return functional.embedding(indices[..., 0], self._read_codebook())
 
-    def _codes(self) -> Tensor:
+    def _read_codebook(self) -> Tensor:
         """:attr:`codebook` to be read from, where a rule need not compute it anew; not to be handed out."""
         return self.codebook
 

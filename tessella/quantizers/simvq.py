@@ -63,8 +63,8 @@ class SimVQ(NearestNeighbour):
             codes = functional.linear(full_precision(self.basis), full_precision(weight), full_precision(bias))
         return codes.to(weight.dtype)
 
-    def _codes(self) -> Tensor:
-        """See :meth:`Quantizer._codes`; projecting 4,096 codes of 512 dimensions takes longer than searching them."""
+    def _read_codebook(self) -> Tensor:
+        """See :meth:`Quantizer._read_codebook`; projecting 4,096 codes of 512 takes longer than a search."""
         if self.training:
             return self.codebook
         return self._projected(lambda: self.codebook, (self.basis, self.projection.weight, self.projection.bias))

@@ -67,14 +67,16 @@ class _Read:
         except UnreadableImage as error:
             self.refused.setdefault(index, (error.key, error.reason))
             return
-        streamed = isinstance(sample, Streamed)
-        key, extent = (sample.key, (1,)) if streamed else (sample["key"], sample["x"].shape[1:])
-        flaw = flaw_of(key, (1,), extent)
-        if flaw is not None:
+        if isinstance(sample, Streamed):
+            key, flaw, num_values = sample.key, flaw_of(sample.key, (1,), (1,)), 0
+        else:
+            key, num_values = sample["key"], sample["x"].numel()
+            flaw = flaw_of(key, (1,), sample["x"].shape[1:])
+        if flaw is None:
+            self.samples.append((index, sample))
+            self.num_values += num_values
+        else:
             self.refused.setdefault(index, (key, flaw))
-            return
-        self.samples.append((index, sample))
-        self.num_values += 0 if streamed else sample["x"].numel()
 
 
 class _Row(NamedTuple):
