@@ -4,8 +4,9 @@
 
 Random weights, float32 on the CPU. Beside it the same layers built from plain PyTorch modules with the same weights,
 whose results are compared first, and, where transformers is installed, its EnCodec of the 24 kHz model's shape. All are
-measured in alternation in one run after one warm-up; times are medians of wall time. Memory is the peak of a process of
-its own that streams a file through the small codec. Writes audio.json into the folder, and prints the table.
+measured in alternation, each time another one first, in one run after one warm-up; times are medians of wall time.
+Memory is the peak of a process of its own that streams a file through the small codec. Writes audio.json into the
+folder, and prints the table.
 """
 
 from __future__ import annotations
@@ -155,10 +156,12 @@ def measure(seconds: float, rounds: int) -> dict[str, float]:
     x = 0.1 * torch.randn(1, 1, round(seconds * RATE))
     timed = contestants(x)
     times: dict[str, list[float]] = {name: [] for name in timed}
+    names = list(timed)
     for turn in range(rounds + 1):
-        for name, run in timed.items():
+        first = turn % len(names)
+        for name in (*names[first:], *names[:first]):
             began = time.perf_counter()
-            run()
+            timed[name]()
             if turn:
                 times[name].append(time.perf_counter() - began)
     return {name: seconds / statistics.median(values) for name, values in times.items()}

@@ -119,7 +119,7 @@ class SpeechMetrics(Metrics):
         return {
             "sample_rate": "in Hz; both signals clamped to [-1, 1] and rounded to 16 bits before every metric",
             "absent": "not measured, for want of a network or of transcripts",
-            "files_without": "files too short or too silent for a metric, or without a transcript, left out of its mean",
+            "files_without": "files too short or silent for a metric, or without a transcript: left out of its mean",
             "pesq": "wide-band PESQ (ITU-T P.862.2, package pesq) at 16 kHz, 1.04 to 4.64; mean",
             "stoi": "short-time objective intelligibility (package pystoi), 0 to 1; mean",
             "si_sdr_db": "scale-invariant signal-to-distortion ratio of samples without offset, in dB; mean",
