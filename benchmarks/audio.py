@@ -4,9 +4,9 @@
 
 Random weights, float32 on the CPU. Beside it the same layers built from plain PyTorch modules with the same weights,
 whose results are compared first, and, where transformers is installed, its EnCodec of the 24 kHz model's shape. All are
-measured in alternation, each time another one first, in one run after one warm-up; times are medians of wall time.
-Memory is the peak of a process of its own that streams a file through the small codec. Writes audio.json into the
-folder, and prints the table.
+measured in one run after one warm-up, each round in another order; times are medians of wall time. Memory is the peak
+of a process of its own that streams a file through the small codec. Writes audio.json into the folder, and prints the
+table.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -156,15 +157,15 @@ def measure(seconds: float, rounds: int) -> dict[str, float]:
     x = 0.1 * torch.randn(1, 1, round(seconds * RATE))
     timed = contestants(x)
     times: dict[str, list[float]] = {name: [] for name in timed}
-    names = list(timed)
+    names, order = list(timed), random.Random(0)
     for turn in range(rounds + 1):
-        first = turn % len(names)
-        for name in (*names[first:], *names[:first]):
+        order.shuffle(names)  # who comes after its like finds memory and caches warm
+        for name in names:
             began = time.perf_counter()
             timed[name]()
             if turn:
                 times[name].append(time.perf_counter() - began)
-    return {name: seconds / statistics.median(values) for name, values in times.items()}
+    return {name: seconds / statistics.median(times[name]) for name in timed}
 
 
 def peak_mib(seconds: int) -> float:
