@@ -1,12 +1,13 @@
-"""Pictures a second of whole tokenizations, beside the model's own rate: this process, more of them, Ray.
+"""Pictures a second of whole tokenizations and evaluations, beside the model's own: this process, more of them, Ray.
 
-    OMP_NUM_THREADS=2 python benchmarks/tokenization.py DATA [--model RUN] [--pictures 40000] [--ways model 0 1 2 ray]
+    OMP_NUM_THREADS=2 python benchmarks/tokenization.py DATA [--model RUN] [--pictures 40000] [--ways model 0 1 evaluate]
 
 DATA is a folder of Parquet files of 32 x 32 pictures (CIFAR-10). Without a model `cifar10_fsq` is built untrained: its
 work is the same. `model` encodes pictures that are in memory already, 64 at once, for ten seconds, with as many torch
 threads as a whole tokenization by this process has; a number is that of worker processes (one torch thread each), 0 is
-this process. Starting the processes counts. Every way runs in a process of its own; the peak is the largest resident
-memory of any one process.
+this process. Starting the processes counts. `evaluate` measures reconstructions, without LPIPS; of its seconds `model`
+is what encoding and decoding took. Every way runs in a process of its own; the peak is the largest resident memory of
+any one process.
 """
 
 from __future__ import annotations
@@ -50,8 +51,21 @@ def whole(way: str, model: Path, data: Path, pictures: int) -> dict[str, Any]:
     return {"pictures": result.num_rows, "seconds": result.seconds, "profile": result.profile}
 
 
+def whole_evaluation(model: Path, data: Path, pictures: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as out:
+        found = tessella.evaluate(model, data=f"parquet:{data}", limit=pictures, out=Path(out), device="cpu")
+    record = found.reconstruction
+    count = record.protocol["num_images"]
+    return {"pictures": count, "seconds": record["seconds"], "profile": {"model": count / record["images_per_sec"]}}
+
+
 def measure(way: str, model: Path, data: Path, pictures: int, answer: Any) -> None:
-    found = model_rate(model) if way == "model" else whole(way, model, data, pictures)
+    if way == "model":
+        found = model_rate(model)
+    elif way == "evaluate":
+        found = whole_evaluation(model, data, pictures)
+    else:
+        found = whole(way, model, data, pictures)
     peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     answer.send({**found, "peak_mib": max(peaks) / 1024})
 
@@ -61,7 +75,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--pictures", type=int, default=40_000)
-    parser.add_argument("--ways", nargs="+", default=["model", "0", "1", "2", "ray"])
+    parser.add_argument("--ways", nargs="+", default=["model", "0", "1", "2", "ray", "evaluate"])
     args = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:

@@ -38,7 +38,7 @@ def data_section(section: Spec, where: str) -> Spec:
     chosen, path = _source(section, where)
     own = {key: value for key, value in section.items() if key != "path"} if section.get("name") == chosen else {}
     source = source_class(chosen)
-    taken = source.carries & inspect.signature(source).parameters.keys()
+    taken = sorted(source.carries & inspect.signature(source).parameters.keys())  # one order in every record
     carried = {key: section[key] for key in taken if section.get(key) is not None}
     return {"name": chosen, **carried, **own, **path}
 

@@ -124,6 +124,15 @@ def test_ssim_against_float64() -> None:
     np.testing.assert_allclose(gaussian_ssim(x, x_hat).numpy(), expected, atol=2e-5)
 
 
+def test_ssim_is_torchmetrics_to_the_last_bit() -> None:
+    library = pytest.importorskip("torchmetrics.functional.image").structural_similarity_index_measure
+    for shape in ((5, 3, 32, 32), (2, 4, 17, 33), (3, 1, 28, 28)):
+        x = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+        x_hat = (x + 0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
+        expected = library(x_hat, x, gaussian_kernel=True, sigma=1.5, data_range=1.0, reduction="none")
+        assert torch.equal(gaussian_ssim(x, x_hat), expected)
+
+
 def test_uniform_ssim_is_scikit_images_default() -> None:
     metrics = pytest.importorskip("skimage.metrics")
     x = (pictures(1, 40, 33) / 2 + pictures(1, 40, 33, seed=3) / 4).clamp(-1, 1)
