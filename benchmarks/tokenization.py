@@ -1,6 +1,6 @@
 """Pictures a second of whole tokenizations and evaluations, beside the model's own: this process, more of them, Ray.
 
-    OMP_NUM_THREADS=2 python benchmarks/tokenization.py DATA [--model RUN] [--pictures 40000] [--ways model 0 1 evaluate]
+    OMP_NUM_THREADS=2 python benchmarks/tokenization.py DATA [--model RUN] [--pictures 40000] [--ways 0 1 evaluate]
 
 DATA is a folder of Parquet files of 32 x 32 pictures (CIFAR-10). Without a model `cifar10_fsq` is built untrained: its
 work is the same. `model` encodes pictures that are in memory already, 64 at once, for ten seconds, with as many torch
