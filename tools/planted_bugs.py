@@ -122,7 +122,7 @@ BUGS = [
     Bug("IBQ nearest in evaluation", "quantizers/ibq.py", 'nearest(z, codebook, metric="dot")', "nearest(z, codebook)"),
     Bug("IBQ ignores the mask", "quantizers/ibq.py", "            mask=mask,\n", ""),
     Bug("IBQ soft term left out of the evaluation loss", "quantizers/ibq.py", "(1 + self.commitment_weight + self.codebook_weight)", "(self.commitment_weight + self.codebook_weight)"),
-    Bug("IBQ codebook too small at the start", "quantizers/ibq.py", "nn.init.normal_(self.embedding)", "nn.init.normal_(self.embedding, std=0.1)"),
+    Bug("IBQ codebook too small at the start", "quantizers/ibq.py", "std=self.codebook_std)", "std=0.1 * self.codebook_std)"),
     Bug("SimVQ decodes from the raw basis", "quantizers/base.py", "functional.embedding(indices[..., 0], self._read_codebook())", 'functional.embedding(indices[..., 0], getattr(self, "basis", self.codebook))'),
     Bug("SimVQ's codes are projected once for all", "quantizers/_remembered.py", "last is not None and all(map(_alike, sources, last[0]))", "last is not None"),
     Bug("SimVQ without bias", "quantizers/simvq.py", "full_precision(weight), full_precision(bias))", "full_precision(weight))"),

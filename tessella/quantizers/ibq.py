@@ -22,6 +22,10 @@ class IBQ(Quantizer):
     decoder's gradient reaches z only through the softmax; where that saturates, it vanishes. Without gradients only
     the search is done and the loss holds the squared errors alone.
 
+    The code draws its codes from N(0, 1), whatever the latents are. Where these are smaller, products are decided by the
+    lengths of the codes and the first losses pull both towards each other; ``codebook_std`` starts the codes at the
+    latents' own scale.
+
     Args:
         codebook_size: V.
         dim: D.
@@ -29,6 +33,7 @@ class IBQ(Quantizer):
         codebook_weight: w_e.
         entropy_weight: w_h.
         entropy_temperature: of the entropies, not of p.
+        codebook_std: standard deviation of each entry of the initial codes; 1 is the paper's.
     """
 
     def __init__(
@@ -40,22 +45,25 @@ class IBQ(Quantizer):
         codebook_weight: float = 0.25,
         entropy_weight: float = 0.05,
         entropy_temperature: float = 0.01,
+        codebook_std: float = 1.0,
     ) -> None:
         super().__init__(dim, codebook_size)
         check_weights(
             commitment_weight=commitment_weight, codebook_weight=codebook_weight, entropy_weight=entropy_weight
         )
         check_positive("entropy_temperature", entropy_temperature)
+        check_positive("codebook_std", codebook_std)
         self.commitment_weight = commitment_weight
         self.codebook_weight = codebook_weight
         self.entropy_weight = entropy_weight
         self.entropy_temperature = entropy_temperature
+        self.codebook_std = codebook_std
         self.embedding = nn.Parameter(torch.empty(codebook_size, dim))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """See :meth:`Quantizer.reset_parameters`; N(0, 1)."""
-        nn.init.normal_(self.embedding)
+        """See :meth:`Quantizer.reset_parameters`; N(0, ``codebook_std``^2)."""
+        nn.init.normal_(self.embedding, std=self.codebook_std)
 
     @property
     def codebook(self) -> Tensor:

@@ -1,26 +1,17 @@
 """The collapse study: one autoencoder with every quantizer at growing codebook sizes, and what comes of the claims.
 
-A cell is one (quantizer, size, seed): train, evaluate, write ``result.json``. A cell that has its result is not run
-again, and an interrupted cell goes on from its checkpoint.
+A cell is one (quantizer, size, seed).
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import math
-import multiprocessing
-import os
 import shutil
-import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import mean
-from types import FrameType
 from typing import Any
 
 import torch
@@ -29,18 +20,19 @@ from tessella.checkpoint import load
 from tessella.commands._data import data_section
 from tessella.commands.train import train
 from tessella.config import build_section, resolve_recipe
+from tessella.data.base import Batch
 from tessella.data.loader import evaluation_batches
 from tessella.errors import ConfigError
 from tessella.evaluation.codebook import CodeCounter
 from tessella.evaluation.image import lpips_scores, picture_scores
 from tessella.losses.perceptual import LPIPS
-from tessella.processes import end_with_parent
 from tessella.recipe import to_toml
 from tessella.registry import Spec
 from tessella.reporting.study import plot_study
 from tessella.storage import write_text
-
-logger = logging.getLogger("tessella")
+from tessella.study.cells import Cell, Row, run_cells
+from tessella.tokenizer import Tokenizer
+from tessella.training.logs import LOG, read_log
 
 # FSQ levels per power of two, Table 1 of arXiv 2309.15505 and its appendix.
 FSQ_LEVELS = {
@@ -52,6 +44,20 @@ DIM = 16
 
 _MAX_COUNTS = 4096  # bars of a code-usage histogram that are kept
 
+BATCH = 8  # pictures a step
+WEIGHT_BITS = 8  # of one weight of a soft code, beside its index
+LATENT_STD = 0.25  # of the untrained encoder's latents: 0.22 over seeds 0 to 2
+MODEL = "model"
+
+_POINTS = 10  # of a learning curve
+_CURVE_BATCHES = 10  # of 50 pictures each
+
+
+def _residual(bits: int, num_codebooks: int) -> Spec:
+    quantizer = {"name": "ema", "codebook_size": 2**bits, "dim": DIM, "dead_codes": "split"}
+    return {"name": "residual", "quantizer": quantizer, "num_codebooks": num_codebooks}
+
+
 # Every method of the study: the quantizer section for 2^bits codes, and the largest number of bits it is run with.
 METHODS: dict[str, tuple[Callable[[int], Spec], int]] = {
     "VQ": (lambda bits: {"name": "vq", "codebook_size": 2**bits, "dim": DIM}, 16),
@@ -62,10 +68,16 @@ METHODS: dict[str, tuple[Callable[[int], Spec], int]] = {
     "EMA split": (
         lambda bits: {"name": "ema", "codebook_size": 2**bits, "dim": DIM, "dead_codes": "split"}, 16
     ),
+    "EMA split x4": (lambda bits: _residual(bits, 4), 12),
+    "EMA split x16": (lambda bits: _residual(bits, 16), 12),
     "Gumbel": (lambda bits: {"name": "gumbel", "codebook_size": 2**bits, "dim": DIM}, 12),
     "LFQ": (lambda bits: {"name": "lfq", "dim": bits}, 16),
     "FSQ": (lambda bits: {"name": "fsq", "levels": FSQ_LEVELS[bits]}, 16),
+    "BSQ": (lambda bits: {"name": "bsq", "dim": bits}, 16),
     "IBQ": (lambda bits: {"name": "ibq", "codebook_size": 2**bits, "dim": DIM}, 16),
+    "IBQ scaled": (
+        lambda bits: {"name": "ibq", "codebook_size": 2**bits, "dim": DIM, "codebook_std": LATENT_STD}, 16
+    ),
     "SimVQ": (lambda bits: {"name": "simvq", "codebook_size": 2**bits, "dim": DIM}, 16),
     "SCQ exact": (lambda bits: {"name": "scq", "codebook_size": 2**bits, "dim": DIM, "solver": "exact"}, 8),
     "SCQ refined": (lambda bits: {"name": "scq", "codebook_size": 2**bits, "dim": DIM}, 10),
@@ -75,22 +87,20 @@ METHODS: dict[str, tuple[Callable[[int], Spec], int]] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One training run of the study."""
-
-    method: str
-    bits: int
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """Folder name."""
-        return f"{self.method.replace(' ', '-')}-{self.bits}-{self.seed}"
-
-
-def cells(methods: Sequence[str], bits: Sequence[int], seeds: int) -> list[Cell]:
+def cells(
+    methods: Sequence[str], bits: Sequence[int], seeds: int, *, data: Spec, steps: int, pictures: int,
+    weights: Path | None = None,
+) -> list[Cell]:  # fmt: skip
     """The grid, cheap sizes first; methods whose cost grows too fast stop at their own largest size.
+
+    Args:
+        methods: names from :data:`METHODS`.
+        bits: log2 of the codebook sizes.
+        seeds: runs per method and size.
+        data: the section of the pictures.
+        steps: optimizer steps of :data:`BATCH` pictures each.
+        pictures: held-out pictures measured.
+        weights: folder with LPIPS weights; LPIPS (AlexNet) is left out without it.
 
     Raises:
         ConfigError: an unknown method, or a size that FSQ has no published levels for.
@@ -102,7 +112,16 @@ def cells(methods: Sequence[str], bits: Sequence[int], seeds: int) -> list[Cell]
         if size not in FSQ_LEVELS:
             raise ConfigError(f"no size 2^{size}; choose from: {', '.join(map(str, FSQ_LEVELS))}")
     return [
-        Cell(method, size, seed)
+        Cell(
+            f"{method.replace(' ', '-')}-{size}-{seed}",
+            {"method": method, "bits": size, "seed": seed},
+            train_and_measure,
+            {
+                "recipe": recipe_of(method, size, seed, data=data, steps=steps),
+                "pictures": pictures,
+                "weights": None if weights is None else str(weights),
+            },
+        )
         for size in sorted(bits)
         for seed in range(seeds)
         for method in methods
@@ -110,153 +129,69 @@ def cells(methods: Sequence[str], bits: Sequence[int], seeds: int) -> list[Cell]
     ]
 
 
-def recipe_of(cell: Cell, data: Spec, steps: int) -> Spec:
+def recipe_of(method: str, bits: int, seed: int, *, data: Spec, steps: int) -> Spec:
     """The recipe of a cell; only the quantizer differs between methods."""
     return {
         "data": data,
         "autoencoder": {
-            "name": "conv", "channels": 48, "multipliers": [1], "num_res_blocks": 1, "num_decoder_res_blocks": 2,
-            "mid_attention": False, "latent_dim": 48, "patch_px": 4,
+            "name": "conv", "channels": 32, "multipliers": [1], "num_res_blocks": 1, "num_decoder_res_blocks": 1,
+            "mid_attention": False, "latent_dim": 32, "patch_px": 4,
         },
-        "quantizer": METHODS[cell.method][0](cell.bits),
+        "quantizer": METHODS[method][0](bits),
         "training": {
-            "steps": steps, "batch_size": 32, "lr": 2e-3, "warmup_steps": 50, "seed": cell.seed, "num_workers": 0,
-            "log_every": 50, "sample_every": steps, "checkpoint_every": 200, "keep_checkpoints": 1,
+            "steps": steps, "batch_size": BATCH, "lr": 1e-3, "warmup_steps": 50, "seed": seed, "num_workers": 0,
+            "log_every": 50, "sample_every": steps, "checkpoint_every": max(1, steps // _POINTS),
+            "keep_checkpoints": _POINTS + 1,
         },
     }  # fmt: skip
 
 
-def collapse(
-    out: Path,
-    *,
-    data: str,
-    methods: Sequence[str] = tuple(METHODS),
-    bits: Sequence[int] = (6, 8, 10, 12, 14, 16),
-    seeds: int = 1,
-    steps: int = 400,
-    pictures: int = 2000,
-    jobs: int | None = None,
-    weights: Path | None = None,
-) -> list[dict[str, Any]]:
-    """Run what is missing of the grid, then write ``table.md``, ``results.json`` and the plots into ``out``.
-
-    Args:
-        out: folder of the study.
-        data: as for :func:`tessella.pipeline.data_section`.
-        methods: names from :data:`METHODS`.
-        bits: log2 of the codebook sizes.
-        seeds: runs per method and size.
-        steps: optimizer steps of 32 pictures each.
-        pictures: held-out pictures measured.
-        jobs: cells at a time, each on one core; all cores if None.
-        weights: folder with LPIPS weights; LPIPS (AlexNet) is left out without it.
-
-    Returns:
-        One row per cell.
-
-    Raises:
-        ConfigError: an unknown method or size, or a folder that holds a study with other settings.
-    """
-    grid = cells(methods, bits, seeds)
-    section = data_section({"crop_px": 32, "flip": True}, data)
-    settings = {"data": section, "steps": steps, "pictures": pictures, "lpips": weights is not None}
-    _claim(out, settings)
-    jobs = jobs or os.cpu_count() or 1
-    missing = [cell for cell in grid if not (out / "cells" / cell.name / "result.json").is_file()]
-    _run_all(missing, out, settings, weights, jobs)
-    rows = [json.loads((out / "cells" / cell.name / "result.json").read_text(encoding="utf-8")) for cell in grid]
-    write_text(out / "results.json", json.dumps(rows, indent=1) + "\n")
-    write_text(out / "table.md", markdown(rows, settings))
-    plot_study(rows, out)
-    return rows
-
-
-def _claim(out: Path, settings: dict[str, Any]) -> None:
-    file = out / "settings.json"
-    if file.is_file():
-        before = json.loads(file.read_text(encoding="utf-8"))
-        if before != settings:
-            raise ConfigError(f"{out} holds a study with other settings: {before}; choose another --out")
-    else:
-        write_text(file, json.dumps(settings, indent=1) + "\n")
-
-
-def _run_all(missing: list[Cell], out: Path, settings: dict[str, Any], weights: Path | None, jobs: int) -> None:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("cells"), MofNCompleteColumn(), BarColumn(), TextColumn("left"), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("cells", total=len(missing))
-        context = multiprocessing.get_context("spawn")
-        with (
-            _terminable(),
-            ProcessPoolExecutor(jobs, mp_context=context, initializer=_prepare_worker, initargs=(os.getpid(),)) as pool,
-        ):
-            futures = {pool.submit(run_cell, cell, out, settings, weights): cell for cell in missing}
-            try:
-                for future in as_completed(futures):
-                    row = future.result()
-                    progress.advance(task)
-                    console.print(
-                        f"{row['method']:12s} 2^{row['bits']:<2d} seed {row['seed']}  {row['psnr']:.2f} dB  "
-                        f"usage {100 * row['usage']:.1f} %", highlight=False,
-                    )  # fmt: skip
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                for process in multiprocessing.active_children():
-                    process.terminate()  # a cell in training writes its checkpoint first
-                raise
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM end the block as an exception does, so that the processes at work end too."""
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    previous = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def _prepare_worker(parent: int) -> None:
-    end_with_parent(parent)
-    torch.set_num_threads(1)
-    logging.getLogger("tessella").setLevel(logging.WARNING)
-
-
-def run_cell(cell: Cell, out: Path, settings: dict[str, Any], weights: Path | None) -> dict[str, Any]:
-    """Train and measure one cell; writes and returns its row."""
-    folder = out / "cells" / cell.name
+def train_and_measure(folder: Path, settings: dict[str, Any]) -> Row:
+    """The work of a cell: train, measure on the way and at the end, keep the tokenizer in ``folder/model``."""
     recipe = folder / "cell.toml"
-    write_text(recipe, to_toml(resolve_recipe(recipe_of(cell, settings["data"], settings["steps"]))))
+    write_text(recipe, to_toml(resolve_recipe(settings["recipe"])))
     run = train(str(recipe), out=folder / "run", device="cpu", quiet=True)
-    row = {**asdict(cell), **measure(run, settings["pictures"], weights)}
-    write_text(folder / "result.json", json.dumps(row, indent=1) + "\n")
+    trained_s = read_log(run / LOG)[-1]["seconds"]
+    started = time.monotonic()
+    batches = list(evaluation_batches(
+        build_section(settings["recipe"], "data", split="test"), batch_size=50, limit=settings["pictures"]
+    ))  # fmt: skip
+    curve = [learning_point(checkpoint, batches) for checkpoint in sorted((run / "checkpoints").glob("step-*"))]
+    tokenizer = load(run)
+    row = {**measure(tokenizer, batches, settings["weights"]), "curve": curve}
+    tokenizer.save(folder / MODEL)
     shutil.rmtree(run)
-    return row
+    return {**row, "train_seconds": trained_s, "seconds": trained_s + time.monotonic() - started}
 
 
 @torch.no_grad()
-def measure(run: Path, pictures: int, weights: Path | None) -> dict[str, Any]:
+def learning_point(checkpoint: Path, batches: Sequence[Batch]) -> dict[str, float]:
+    """``step``, and PSNR in dB and usage on the first held-out pictures, of a checkpoint."""
+    tokenizer = load(checkpoint)
+    codes = CodeCounter(tokenizer.quantizer.codebook_size, tokenizer.quantizer.num_codebooks)
+    errors: list[float] = []
+    for batch in batches[:_CURVE_BATCHES]:
+        out = tokenizer(batch["x"])
+        codes.update(out.quantized.indices)
+        errors += picture_scores(batch["x"], out.x_hat)["psnr"].tolist()
+    return {"step": int(checkpoint.name.removeprefix("step-")), "psnr": mean(errors), "usage": codes.usage}
+
+
+@torch.no_grad()
+def measure(tokenizer: Tokenizer, batches: Sequence[Batch], weights: str | None) -> Row:
     """Numbers of a trained tokenizer on held-out pictures.
 
     ``mse`` and ``psnr`` (of [0, 1]) are those of what the quantizer passes on, soft where it is soft; ``hard_psnr``
-    that of pictures decoded from the indices alone. ``quantizer_ms`` is one forward pass over a batch's tokens.
+    that of pictures decoded from the indices alone. ``bits_per_token`` is the rate of what is passed on: a soft code
+    costs each of its weights an index and :data:`WEIGHT_BITS`. ``quantizer_ms`` is one forward pass over a batch's
+    tokens.
     """
-    tokenizer = load(run)
     quantizer = tokenizer.quantizer
-    dataset = build_section(tokenizer.recipe or {}, "data", split="test")
-    metrics = {} if weights is None else {"alexnet": LPIPS.from_folder("alexnet", weights)}
+    metrics = {} if weights is None else {"alexnet": LPIPS.from_folder("alexnet", Path(weights))}
     codes = CodeCounter(quantizer.codebook_size, quantizer.num_codebooks)
     sums: dict[str, list[float]] = {}
     timings = []
-    for batch in evaluation_batches(dataset, batch_size=50, limit=pictures):
+    for batch in batches:
         x = batch["x"]
         z = tokenizer.to_code(tokenizer.autoencoder.encode(x))
         start = time.perf_counter()
@@ -272,14 +207,16 @@ def measure(run: Path, pictures: int, weights: Path | None) -> dict[str, Any]:
             scores["support_size"] = out.metrics["support_size"].expand(len(x))
         for name, values in scores.items():
             sums.setdefault(name, []).extend(values.tolist())
-    row: dict[str, Any] = {("mse" if name == "l2" else name.replace(" ", "_")): mean(v) for name, v in sums.items()}
+    row: Row = {("mse" if name == "l2" else name.replace(" ", "_")): mean(v) for name, v in sums.items()}
+    index_bits = math.log2(quantizer.codebook_size)
+    soft_bits = row.get("support_size", 0.0) * (index_bits + WEIGHT_BITS)
     row |= {
         "codebook_size": quantizer.codebook_size,
         "soft": quantizer.is_soft,
         "usage": codes.usage,
         "perplexity": codes.perplexity,
         "num_tokens": codes.num_positions,
-        "bits_per_token": math.log2(quantizer.codebook_size),
+        "bits_per_token": soft_bits or quantizer.num_codebooks * index_bits,
         "quantizer_ms": 1000 * sorted(timings)[len(timings) // 2],
         "counts": sorted(codes.histogram()[1].tolist(), reverse=True)[:_MAX_COUNTS],
     }

@@ -79,6 +79,18 @@ def test_defaults_are_those_of_the_published_code() -> None:
     torch.testing.assert_close(IBQ(1000, 64).codebook.std(), torch.tensor(1.0), rtol=0, atol=0.02)
 
 
+def test_codes_may_start_at_the_scale_of_the_latents() -> None:
+    torch.manual_seed(0)
+    paper = IBQ(1000, 16)
+    torch.manual_seed(0)
+    scaled = IBQ(1000, 16, codebook_std=0.25)
+    torch.testing.assert_close(scaled.codebook, 0.25 * paper.codebook)  # the same draw
+    scaled.reset_parameters()
+    torch.testing.assert_close(scaled.codebook.std(), torch.tensor(0.25), rtol=0, atol=0.01)
+    with pytest.raises(ValueError, match="codebook_std must be above 0 and finite, got 0"):
+        IBQ(1000, 16, codebook_std=0)
+
+
 def test_every_code_receives_gradient() -> None:
     torch.manual_seed(0)
     ibq = IBQ(32, 4)
