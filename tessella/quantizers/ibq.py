@@ -22,9 +22,9 @@ class IBQ(Quantizer):
     decoder's gradient reaches z only through the softmax; where that saturates, it vanishes. Without gradients only
     the search is done and the loss holds the squared errors alone.
 
-    The code draws its codes from N(0, 1), whatever the latents are. Where these are smaller, products are decided by the
-    lengths of the codes and the first losses pull both towards each other; ``codebook_std`` starts the codes at the
-    latents' own scale.
+    The published code draws its codes from N(0, 1), whatever the latents are. Where these are smaller, products are
+    decided by the lengths of the codes and the first losses pull both towards each other; ``codebook_std`` starts the
+    codes at the latents' own scale.
 
     Args:
         codebook_size: V.

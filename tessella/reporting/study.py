@@ -1,8 +1,8 @@
-"""The plots of the collapse study."""
+"""The plots of the studies: numbers over seeds with their intervals."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,75 +10,128 @@ from tessella.extras import require
 from tessella.reporting.plots import render
 from tessella.storage import write_bytes
 
+# Values a seed, by method and by place on the horizontal axis.
+Points = Mapping[str, Mapping[float, Sequence[float]]]
+# The mean and the ends of its interval (None without one) of values over seeds.
+Interval = Callable[[Sequence[float]], tuple[float, float | None, float | None]]
+
 # Fixed, so that a method has one colour and marker in every plot and every run.
 _COLOURS = (
-    "#1f5fd0", "#7aa6f5", "#c2571a", "#f0a35e", "#8a8f99", "#7b4fb5", "#1a8a4b", "#d03a6a", "#0f9aa8", "#3c3c3c",
-    "#6f6f6f", "#a8a8a8",
+    "#1f5fd0", "#c2571a", "#1a8a4b", "#d03a6a", "#7b4fb5", "#0f9aa8", "#f0a35e", "#8a8f99", "#7aa6f5", "#3c3c3c",
+    "#b8860b", "#6f6f6f", "#a8a8a8", "#556b2f", "#cd5c5c", "#4682b4",
 )  # fmt: skip
-_MARKERS = "osv^xDP*hX<>"
+_MARKERS = "osv^xDP*hX<>pd1+"
 _INK = "#3d4451"
 _PER_ROW = 4
+_DODGE = 0.09  # of the axis' unit: how far apart the methods stand, so that their intervals can be told
 
 
-def plot_study(rows: Sequence[dict[str, Any]], out: Path) -> None:
-    """Write ``usage.png``, ``reconstruction.png`` and ``histograms.png`` into ``out``.
+def plot_points(
+    points: Points, file: Path, *, interval: Interval, x: str, y: str, lines: Mapping[float, float] | None = None,
+    log: bool = False,
+) -> None:  # fmt: skip
+    """Write one panel of means with error bars, a line a method.
 
     Args:
-        rows: the study's cells; see :func:`tessella.study.measure`.
-        out: a folder.
+        points: values.
+        file: a PNG.
+        interval: how values become a mean and an interval.
+        x, y: labels of the axes, with units.
+        lines: a dotted curve, what is expected at each place.
+        log: whether y is logarithmic, and x too.
 
     Raises:
         ModuleNotFoundError: matplotlib is missing.
     """
-    require("matplotlib", extra="eval")
-    methods = list(dict.fromkeys(row["method"] for row in rows))
 
-    def lines(axes: Any, key: str, scale: float) -> None:
-        for index, method in enumerate(methods):
-            by_bits: dict[int, list[float]] = {}
-            for row in rows:
-                if row["method"] == method:
-                    by_bits.setdefault(row["bits"], []).append(scale * row[key])
-            bits = sorted(by_bits)
-            means = [sum(by_bits[b]) / len(by_bits[b]) for b in bits]
-            axes.plot(bits, means, marker=_MARKERS[index], color=_COLOURS[index], label=method, lw=1.6, ms=5)
-        axes.set_xticks(sorted({row["bits"] for row in rows}))
-        axes.set(xlabel="log2 of the codebook size")
-
-    def usage(figure: Any) -> None:
+    def draw(figure: Any) -> None:
         axes = figure.subplots()
-        lines(axes, "usage", 100)
-        axes.set(ylabel="codes used on held-out pictures, %", ylim=(-2, 104))
+        for index, (method, values) in enumerate(points.items()):
+            shift = 0 if log else _DODGE * (index - (len(points) - 1) / 2)
+            found = [(place, *interval(values[place])) for place in sorted(values)]
+            bars = [[mean - (low or mean), (high or mean) - mean] for _, mean, low, high in found]
+            if log:  # an interval of a positive number may reach below it
+                bars = [[min(below, 0.95 * mean), up] for (below, up), (_, mean, _, _) in zip(bars, found, strict=True)]
+            axes.errorbar(
+                [place + shift for place, *_ in found], [mean for _, mean, *_ in found],
+                yerr=list(zip(*bars, strict=True)), marker=_MARKERS[index % len(_MARKERS)],
+                color=_COLOURS[index % len(_COLOURS)], label=method, lw=1.4, ms=5, capsize=3,
+            )  # fmt: skip
+        if lines:
+            axes.plot(list(lines), list(lines.values()), color=_INK, lw=1, ls=":", label="uniform use")
+        if log:
+            axes.set(xscale="log", yscale="log")
+        else:
+            axes.set_xticks(sorted({place for values in points.values() for place in values}))
+        axes.set(xlabel=x, ylabel=y)
         figure.legend(*axes.get_legend_handles_labels(), loc="outside right", frameon=False)
 
-    def reconstruction(figure: Any) -> None:
-        soft, hard = figure.subplots(1, 2, sharey=True)
-        lines(soft, "psnr", 1)
-        lines(hard, "hard_psnr", 1)
-        soft.set(ylabel="PSNR, dB", title="as the decoder is trained (SCQ: soft)")
-        hard.set(title="decoded from the indices alone")
-        figure.legend(*soft.get_legend_handles_labels(), loc="outside right", frameon=False)
+    require("matplotlib", extra="eval")
+    write_bytes(file, render(draw, size_in=(8.0, 4.2), ink=_INK, background="white"))
 
-    def histograms(figure: Any) -> None:
+
+def plot_histograms(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """Write how often codes occur, most frequent first, a panel a method, of the first seed of each size.
+
+    Args:
+        rows: ``method``, ``bits``, ``seed``, ``counts``, ``num_tokens``, ``codebook_size``.
+        file: a PNG.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is missing.
+    """
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+
+    def draw(figure: Any) -> None:
         first = [row for row in rows if row["seed"] == min(other["seed"] for other in rows)]
         grid = list(figure.subplots(-(-len(methods) // _PER_ROW), _PER_ROW, squeeze=False, sharey=True).flat)
+        sizes = sorted({row["bits"] for row in first})
         for axes in grid[len(methods) :]:
             axes.set_axis_off()
         for axes, method in zip(grid, methods, strict=False):
-            for row in first:
-                if row["method"] == method:
-                    share = [count / row["num_tokens"] * row["codebook_size"] for count in row["counts"]]
-                    rank = [(index + 1) / row["codebook_size"] for index in range(len(share))]
-                    axes.plot(rank, share, lw=1.2, label=f"2^{row['bits']}")
+            for row in sorted((row for row in first if row["method"] == method), key=lambda row: row["bits"]):
+                share = [count / row["num_tokens"] * row["codebook_size"] for count in row["counts"]]
+                rank = [(index + 1) / row["codebook_size"] for index in range(len(share))]
+                colour = _COLOURS[sizes.index(row["bits"])]
+                axes.plot(rank, share, lw=1.2, color=colour, label=f"2^{row['bits']}")
             axes.axhline(1, color=_INK, lw=0.8, ls=":")
             axes.set(title=method, xscale="log", yscale="log")
         figure.supxlabel("rank of the code / codebook size")
         figure.supylabel("frequency x codebook size (1 = uniform)")
-        figure.legend(*next(iter(figure.axes)).get_legend_handles_labels(), loc="outside right", frameon=False)
+        labels = {
+            label: handle
+            for axes in figure.axes
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        ordered = [f"2^{bits}" for bits in sizes if f"2^{bits}" in labels]
+        figure.legend([labels[label] for label in ordered], ordered, loc="outside right", frameon=False)
 
-    for name, draw, size in (
-        ("usage", usage, (7.5, 4.0)),
-        ("reconstruction", reconstruction, (10.0, 4.2)),
-        ("histograms", histograms, (11.0, 2.4 * -(-len(methods) // _PER_ROW) + 0.6)),
-    ):
-        write_bytes(out / f"{name}.png", render(draw, size_in=size, ink=_INK, background="white"))
+    require("matplotlib", extra="eval")
+    size = (11.0, 2.4 * -(-len(methods) // _PER_ROW) + 0.6)
+    write_bytes(file, render(draw, size_in=size, ink=_INK, background="white"))
+
+
+def plot_curves(curves: Mapping[str, Sequence[Mapping[str, float]]], file: Path) -> None:
+    """Write learning curves on held-out pictures: PSNR in dB and usage against steps, a line each.
+
+    Args:
+        curves: by name; points have ``step``, ``psnr`` and ``usage``.
+        file: a PNG.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is missing.
+    """
+
+    def draw(figure: Any) -> None:
+        left, right = figure.subplots(1, 2)
+        for index, (name, curve) in enumerate(curves.items()):
+            steps = [point["step"] for point in curve]
+            style = {"color": _COLOURS[index % len(_COLOURS)], "marker": _MARKERS[index % len(_MARKERS)], "ms": 4}
+            left.plot(steps, [point["psnr"] for point in curve], label=name, lw=1.2, **style)
+            right.plot(steps, [100 * point["usage"] for point in curve], lw=1.2, **style)
+        left.set(xlabel="step", ylabel="PSNR, dB")
+        right.set(xlabel="step", ylabel="codes used on 500 held-out pictures, %", yscale="log")
+        figure.legend(*left.get_legend_handles_labels(), loc="outside right", frameon=False)
+
+    require("matplotlib", extra="eval")
+    write_bytes(file, render(draw, size_in=(11.0, 4.2), ink=_INK, background="white"))

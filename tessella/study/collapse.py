@@ -9,7 +9,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -28,9 +28,9 @@ from tessella.evaluation.image import lpips_scores, picture_scores
 from tessella.losses.perceptual import LPIPS
 from tessella.recipe import to_toml
 from tessella.registry import Spec
-from tessella.reporting.study import plot_study
 from tessella.storage import write_text
 from tessella.study.cells import Cell, Row, run_cells
+from tessella.study.usage import scq_verdicts, table, usage_plots, usage_verdicts
 from tessella.tokenizer import Tokenizer
 from tessella.training.logs import LOG, read_log
 
@@ -44,6 +44,7 @@ DIM = 16
 
 _MAX_COUNTS = 4096  # bars of a code-usage histogram that are kept
 
+DATA: Spec = {"crop_px": 32, "flip": True}
 BATCH = 8  # pictures a step
 WEIGHT_BITS = 8  # of one weight of a soft code, beside its index
 LATENT_STD = 0.25  # of the untrained encoder's latents: 0.22 over seeds 0 to 2
@@ -223,107 +224,39 @@ def measure(tokenizer: Tokenizer, batches: Sequence[Batch], weights: str | None)
     return row
 
 
-# --- what comes of it -------------------------------------------------------------------------------------------------
+def collapse(
+    out: Path,
+    *,
+    data: str,
+    methods: Sequence[str] = tuple(METHODS),
+    bits: Sequence[int] = (6, 8, 10, 12, 14, 16),
+    seeds: int = 1,
+    steps: int = 1500,
+    pictures: int = 1000,
+    jobs: int | None = None,
+    weights: Path | None = None,
+) -> list[Row]:
+    """Run what is missing of the grid, then write ``table.md``, ``results.json`` and the plots into ``out``.
 
-_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "MSE (1e-3)": lambda row: f"{1000 * row['mse']:.2f}",
-    "PSNR dB": lambda row: f"{row['psnr']:.2f}",
-    "from indices dB": lambda row: f"{row['hard_psnr']:.2f}",
-    "LPIPS": lambda row: f"{row['lpips_alexnet']:.4f}" if "lpips_alexnet" in row else "-",
-    "usage %": lambda row: f"{100 * row['usage']:.1f}",
-    "perplexity": lambda row: f"{row['perplexity']:.0f}",
-    "quant. error / variance": lambda row: f"{row['quantization_error'] / row['latent_variance']:.3g}",
-    "support": lambda row: f"{row['support_size']:.1f}" if "support_size" in row else "1",
-    "quantizer ms": lambda row: f"{row['quantizer_ms']:.1f}",
-}
+    Args:
+        out: folder of the study.
+        data: as for :func:`tessella.commands._data.data_section`.
+        methods, bits, seeds, steps, pictures, weights: see :func:`cells`.
+        jobs: cells at a time, each on one core; all cores if None.
 
+    Returns:
+        One row per cell.
 
-def averaged(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, int], dict[str, Any]]:
-    """Means over seeds by (method, bits), in the order of the rows."""
-    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["method"], row["bits"]), []).append(row)
-    return {
-        key: {
-            name: mean(row[name] for row in group) if isinstance(value, (int, float)) else value
-            for name, value in group[0].items()
-        }
-        for key, group in groups.items()
-    }
-
-
-def markdown(rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
-    """The table and the verdicts."""
-    means = averaged(rows)
-    order = {method: position for position, method in enumerate(METHODS)}
-    lines = [
-        f"# Collapse study: {settings['data']['name']}, {settings['steps']} steps of 32 pictures, "
-        f"{settings['pictures']} held-out pictures, {len({row['seed'] for row in rows})} seed(s)",
-        "",
-        f"Usage over {int(rows[0]['num_tokens'])} held-out tokens: uniform use of 2^b codes would show "
-        + ", ".join(f"{100 * expected_usage(b, rows[0]['num_tokens']):.0f} % at 2^{b}"
-                    for b in sorted({row["bits"] for row in rows})) + ".",
-        "",
-        "| quantizer | codes | " + " | ".join(_COLUMNS) + " |",
-        "|---|---|" + "---|" * len(_COLUMNS),
-    ]  # fmt: skip
-    for (method, _), row in sorted(means.items(), key=lambda item: (order[item[0][0]], item[0][1])):
-        cells_ = " | ".join(show(row) for show in _COLUMNS.values())
-        lines.append(f"| {method} | {round(row['codebook_size'])} | {cells_} |")
-    lines += ["", "## Claims", ""]
-    lines += [f"- **{'holds' if holds else 'does not hold'}**: {claim}. {evidence}" for claim, holds, evidence
-              in verdicts(means)]  # fmt: skip
-    return "\n".join(lines) + "\n"
-
-
-def expected_usage(bits: int, num_tokens: float) -> float:
-    """Fraction of 2^bits codes that ``num_tokens`` uniform draws hit: 1 - (1 - 2^-bits)^n."""
-    return -math.expm1(num_tokens * math.log1p(-(2.0**-bits)))
-
-
-def verdicts(means: dict[tuple[str, int], dict[str, Any]]) -> list[tuple[str, bool, str]]:
-    """(claim, whether it holds, evidence) for every claim that the cells there are can decide."""
-    found: list[tuple[str, bool, str]] = []
-
-    def curve(method: str) -> dict[int, dict[str, Any]]:
-        return {bits: row for (name, bits), row in sorted(means.items()) if name == method}
-
-    def usage(method: str) -> str:
-        return ", ".join(f"{100 * row['usage']:.1f} % at 2^{bits}" for bits, row in curve(method).items())
-
-    vq = curve("VQ")
-    if len(vq) > 1:
-        least, most = min(vq), max(vq)
-        found.append(("VQ's usage falls as the codebook grows", vq[most]["usage"] < vq[least]["usage"] / 2,
-                      f"{usage('VQ')}"))  # fmt: skip
-    for method in ("FSQ", "SimVQ", "IBQ", "LFQ"):
-        rows = curve(method)
-        if rows:
-            share = {bits: row["usage"] / expected_usage(bits, row["num_tokens"]) for bits, row in rows.items()}
-            found.append((f"{method} uses at least 75 % of what uniform use would show, at every size",
-                          min(share.values()) >= 0.75, usage(method)))  # fmt: skip
-    for method in ("SCQ exact", "SCQ refined", "SCQ relaxed"):
-        common = sorted(set(curve(method)) & set(vq))
-        if common:
-            ratios = {bits: vq[bits]["mse"] / curve(method)[bits]["mse"] for bits in common}
-            found.append((
-                f"{method} reconstructs with an order of magnitude less MSE than VQ of the same size",
-                min(ratios.values()) >= 10,
-                "VQ's MSE over its: " + ", ".join(f"{ratio:.1f} at 2^{bits}" for bits, ratio in ratios.items())
-                + "; but a token is not one index: support "
-                + ", ".join(f"{curve(method)[bits]['support_size']:.1f}" for bits in common)
-                + " weights; decoded from indices alone "
-                + ", ".join(f"{curve(method)[bits]['hard_psnr']:.1f} dB" for bits in common),
-            ))  # fmt: skip
-    split = curve("EMA split")
-    common = sorted(set(split) & set(vq))
-    if common:
-        full = all(split[b]["usage"] >= 0.75 * expected_usage(b, split[b]["num_tokens"]) for b in common)
-        better = all(split[b]["mse"] < vq[b]["mse"] for b in common)
-        gains = ", ".join(f"{vq[b]['mse'] / split[b]['mse']:.1f} at 2^{b}" for b in common)
-        found.append((
-            "EMA with splitting repairs VQ: less MSE and at least 75 % of uniform usage, at every size",
-            full and better,
-            f"{usage('EMA split')}; VQ's MSE over its: {gains}",
-        ))  # fmt: skip
-    return found
+    Raises:
+        ConfigError: an unknown method or size, or a folder that holds a study with other settings.
+    """
+    section = data_section(DATA, data)
+    grid = cells(methods, bits, seeds, data=section, steps=steps, pictures=pictures, weights=weights)
+    rows = run_cells(grid, out, jobs=jobs)
+    title = f"# Collapse study: {section['name']}, {steps} steps of {BATCH} pictures, {pictures} held-out pictures"
+    verdicts = [verdict.line() for verdict in (*usage_verdicts(rows), *scq_verdicts(rows))]
+    parts = [title, table(rows, list(METHODS)), "## Claims", "\n".join(verdicts)]
+    write_text(out / "results.json", json.dumps(rows, indent=1) + "\n")
+    write_text(out / "table.md", "\n\n".join(parts) + "\n")
+    usage_plots(rows, out, "collapse")
+    return rows
