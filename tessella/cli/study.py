@@ -52,7 +52,9 @@ def claims(
     out: Annotated[Path, typer.Option(help="Folder of the study; the same command continues it.")] = Path(
         "runs/claims"
     ),
-    only: Annotated[str | None, typer.Option(help="One experiment: usage, scq, premise, generation.")] = None,
+    only: Annotated[
+        str | None, typer.Option(help="Comma-separated, of usage, scq, premise, generation; default: all.")
+    ] = None,
     data: Annotated[str, typer.Option(help="A folder of pictures or Parquet files with classes.")] = "photos",
     weights: Annotated[
         Path | None, typer.Option(help="Folder with the weights of LPIPS and EfficientNet-Lite0.")
@@ -60,9 +62,10 @@ def claims(
     jobs: Jobs = None,
 ) -> None:
     """Test the papers' claims, cell by cell, and write the page that says which of them hold."""
-    from tessella.study.claims import PAGE, claims
+    from tessella.study.claims import EXPERIMENTS, PAGE, claims
 
-    claims(out, data=data, only=only, weights=weights, jobs=jobs)
+    chosen = list(EXPERIMENTS) if only is None else [name.strip() for name in only.split(",")]
+    claims(out, data=data, only=chosen, weights=weights, jobs=jobs)
     say("read {}", out / PAGE)
 
 

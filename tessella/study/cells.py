@@ -1,4 +1,4 @@
-"""The runner of every study: cells, each in a process of its own, cheap first, resumable one by one.
+"""The runner of every study: cells, each in one thread of a worker process, cheap first, resumable one by one.
 
 A cell is a function of a folder and of settings that JSON can hold; what it returns is its row. A cell that has its
 ``result.json`` is not run again, and one that was interrupted goes on from the checkpoint of the run in its folder.
@@ -98,9 +98,7 @@ def _run_missing(missing: list[Cell], out: Path, jobs: int) -> None:
     with (
         Progress(*columns, console=console) as progress,
         _terminable(),
-        ProcessPoolExecutor(
-            jobs, mp_context=context, initializer=_prepare_worker, initargs=(os.getpid(),), max_tasks_per_child=1
-        ) as pool,
+        ProcessPoolExecutor(jobs, mp_context=context, initializer=_prepare_worker, initargs=(os.getpid(),)) as pool,
     ):
         task = progress.add_task("cells", total=len(missing))
         futures = {pool.submit(_run, cell, out): cell for cell in missing}

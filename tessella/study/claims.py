@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 import shlex
@@ -18,9 +19,9 @@ from tessella.registry import Spec
 from tessella.reporting.study import plot_points
 from tessella.storage import write_text
 from tessella.study import collapse, generation, premise, usage
-from tessella.study.cells import Cell, Row, run_cells
+from tessella.study.cells import Cell, Row, result_of, run_cells
 from tessella.study.outside import OPEN, RULES, YARDSTICKS
-from tessella.study.verdicts import FLAT_DB, FLAT_USAGE, Verdict
+from tessella.study.verdicts import FLAT_DB, FLAT_USAGE, Verdict, judge
 
 PAGE = "claims.md"
 
@@ -97,6 +98,7 @@ class Experiment:
     Attributes:
         title: heading of its section.
         text: what is asked, and how.
+        takes: what running it costs, for pages that are written without it.
         tokenizers: cells that others of its cells read; they run first.
         cells: those whose rows it shows.
         table, verdicts: of the rows.
@@ -106,6 +108,7 @@ class Experiment:
 
     title: str
     text: str
+    takes: str
     cells: Callable[[Setting], list[Cell]]
     table: Callable[[Sequence[Row]], str]
     verdicts: Callable[[Sequence[Row]], list[Verdict]]
@@ -123,14 +126,16 @@ def _scq_plots(rows: Sequence[Row], out: Path, prefix: str) -> dict[str, str]:
 
 
 def _premise_plots(rows: Sequence[Row], out: Path, prefix: str) -> dict[str, str]:
-    plot_points(premise.points(rows), out / f"{prefix}_swaps.png", interval=usage.interval, x="log2 of the codebook size",
-                y="PSNR lost by a random member of the cluster, dB")  # fmt: skip
+    plot_points(
+        premise.points(rows), out / f"{prefix}_swaps.png", interval=usage.interval, x="log2 of the codebook size",
+        y="PSNR lost by a random member of the cluster, dB",
+    )  # fmt: skip
     return {f"{prefix}_swaps.png": "What a swap within the cluster costs, 95 % intervals over tokenizers"}
 
 
 def _generation_cells(setting: Setting) -> list[Cell]:
     if setting.weights is None:
-        raise ConfigError("the experiment 'generation' judges pictures by a network: give its weights with --weights")
+        return []
     size = setting.size
     tokenizer = setting.tokenizers([(*size.generated_over, 1)])[0]
     return generation.cells(
@@ -153,6 +158,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         f"step sees {64 * collapse.BATCH} tokens, so that is the most codes that one step can touch, whatever the "
         f"method: {100 * usage.expected_usage(14, 64 * collapse.BATCH):.1f} % of 2^14 under uniform use, and a code of "
         "2^14 is met every 32nd step.",
+        takes="two hours of an idle core",
         cells=lambda setting: setting.tokenizers(setting.size.usage),
         table=partial(usage.table, methods=list(collapse.METHODS)),
         verdicts=usage.usage_verdicts,
@@ -163,6 +169,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         text="Against the VQ that collapses (plain, as many codes) and the fair ones: moving averages with splitting, "
         "and a residual stack of 4 or 16 of them, at no higher a rate. A soft code costs its support times an index "
         f"and {collapse.WEIGHT_BITS} bits for its weight.",
+        takes="half an hour of an idle core beyond those of usage",
         cells=lambda setting: setting.tokenizers(setting.size.scq),
         table=partial(usage.table, methods=list(collapse.METHODS)),
         verdicts=usage.scq_verdicts,
@@ -174,6 +181,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         "of the neighbouring cluster, or by a random code; the codes are those that occur in these pictures, and "
         f"clusters hold {premise.CODES_PER_CLUSTER} of them in the mean, as 512 clusters of 16,384 codes do in the "
         "paper. PSNR in dB, LPIPS (AlexNet). The tokenizers are those above.",
+        takes="half a minute of an idle core a tokenizer, beyond their training",
         tokenizers=lambda setting: setting.tokenizers(setting.size.premise),
         cells=lambda setting: [
             premise.cell(cell, pictures=min(500, setting.size.pictures))
@@ -190,6 +198,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         "Sampled without guidance at temperature 1 and held against test pictures. KD is unbiased and near 0 for equal "
         "sets. 'Real' are training pictures, 'reconstructions' theirs by the tokenizer: no generator over it can be "
         "expected to do better. Fine bits are given the true coarse labels.",
+        takes="six generators of five minutes of an idle core each, and hours for each until its curve is flat",
         tokenizers=lambda setting: setting.tokenizers([(*setting.size.generated_over, 1)]),
         cells=_generation_cells,
         table=generation.table,
@@ -203,19 +212,20 @@ def claims(
     out: Path,
     *,
     data: str,
-    only: str | None = None,
+    only: Sequence[str] = tuple(EXPERIMENTS),
     weights: Path | None = None,
     jobs: int | None = None,
     size: Size | None = None,
 ) -> dict[str, list[Verdict]]:
     """Run what is missing of the experiments, and write table, plots and verdicts of each, and the page of all.
 
-    Into ``out``: ``NAME.md`` and ``claims_NAME_*.png`` of each experiment, ``results.json``, and ``claims.md``.
+    Into ``out``: ``NAME.md`` and ``claims_NAME_*.png`` of each experiment that has all its cells, ``results.json``, and
+    ``claims.md``.
 
     Args:
         out: folder of the study; the same call continues it.
         data: pictures; see :func:`tessella.commands._data.data_section`.
-        only: a name from :data:`EXPERIMENTS`; all if None.
+        only: names from :data:`EXPERIMENTS` to run; of others the page has what an earlier call ran.
         weights: folder with the weights of LPIPS and of EfficientNet-Lite0; without it LPIPS is left out and
             ``generation`` refused.
         jobs: cells at a time, each on one core; all cores if None.
@@ -227,26 +237,41 @@ def claims(
     Raises:
         ConfigError: an unknown experiment, missing weights, or a folder that holds a study with other settings.
     """
-    if only is not None and only not in EXPERIMENTS:
-        raise ConfigError(f"unknown experiment {only!r}; choose from: {', '.join(EXPERIMENTS)}")
+    for name in only:
+        if name not in EXPERIMENTS:
+            raise ConfigError(f"unknown experiment {name!r}; choose from: {', '.join(EXPERIMENTS)}")
+    if "generation" in only and weights is None:
+        raise ConfigError("the experiment 'generation' judges pictures by a network: give its weights with --weights")
     setting = Setting(data_section(collapse.DATA, data), weights, size or Size())
-    chosen = {name: experiment for name, experiment in EXPERIMENTS.items() if only in (None, name)}
-    cells = {name: experiment.cells(setting) for name, experiment in chosen.items()}
-    sections: list[str] = []
-    verdicts: dict[str, list[Verdict]] = {}
-    rows: dict[str, Row] = {}
-    for name, experiment in chosen.items():
-        for cell, row in zip(first := experiment.tokenizers(setting), run_cells(first, out, jobs=jobs), strict=True):
-            rows[cell.name] = row
-        own = run_cells(cells[name], out, jobs=jobs)
-        rows |= {cell.name: row for cell, row in zip(cells[name], own, strict=True)}
-        verdicts[name] = experiment.verdicts(own)
-        sections.append(_section(name, experiment, own, verdicts[name], out))
+    command = ["tessella", "study", "claims", *([] if set(only) == set(EXPERIMENTS) else ["--only", ",".join(only)]),
+               "--out", "OUT", "--data", Path(data).name, *(["--weights", "WEIGHTS"] if weights else [])]  # fmt: skip
+    for name in only:
+        run_cells(EXPERIMENTS[name].tokenizers(setting), out, jobs=jobs)
+        run_cells(EXPERIMENTS[name].cells(setting), out, jobs=jobs)
+        verdicts = _write(out, setting, shlex.join(command))
+    return verdicts
+
+
+def _write(out: Path, setting: Setting, command: str) -> dict[str, list[Verdict]]:
+    """The page of all experiments that have their cells, and their files; their verdicts."""
+    sections, verdicts, rows = [], {}, {}
+    missing = []
+    for name, experiment in EXPERIMENTS.items():
+        cells = experiment.cells(setting)
+        own = {cell.name: row for cell in cells if (row := result_of(cell, out)) is not None}
+        if not cells or len(own) < len(cells):
+            missing.append(judge(f"{experiment.title}: not run", [], experiment.takes))
+            continue
+        read = {cell.name: row for cell in experiment.tokenizers(setting) if (row := result_of(cell, out)) is not None}
+        rows |= read | own
+        verdicts[name] = experiment.verdicts(list(own.values()))
+        sections.append(_section(name, experiment, list(own.values()), verdicts[name], out))
         write_text(out / f"{name}.md", sections[-1])
-        write_text(out / "results.json", json.dumps(rows, indent=1) + "\n")
-        head = _head(rows, verdicts, setting, data, only)
-        tail = [] if only else [_unopened(), YARDSTICKS]
-        write_text(out / PAGE, "\n".join([head, *sections, *tail]))
+    undecided = [*missing, *OPEN]
+    write_text(out / "results.json", json.dumps(rows, indent=1) + "\n")
+    head = _head(rows, [*itertools.chain(*verdicts.values()), *undecided], setting, command)
+    tail = "\n".join(["## Not tried at this size", "", *(verdict.line() for verdict in undecided), ""])
+    write_text(out / PAGE, "\n".join([head, *sections, tail, YARDSTICKS]))
     return verdicts
 
 
@@ -263,31 +288,21 @@ def _section(name: str, experiment: Experiment, rows: list[Row], verdicts: list[
     return "\n".join(lines)
 
 
-def _head(
-    rows: Mapping[str, Row], verdicts: Mapping[str, list[Verdict]], setting: Setting, data: str, only: str | None
-) -> str:
-    command = ["tessella", "study", "claims", *(["--only", only] if only else []), "--out", "OUT", "--data",
-               Path(data).name, *(["--weights", "WEIGHTS"] if setting.weights else [])]  # fmt: skip
-    size = setting.size
+def _head(rows: Mapping[str, Row], verdicts: Sequence[Verdict], setting: Setting, command: str) -> str:
+    size, data = setting.size, setting.data
     lines = [
         "# The papers' claims, tested where a test can decide", "",
-        f"    {shlex.join(command)}", "",
-        f"{Path(data).name}; {_machine()}, one thread a cell; torch {torch.__version__}. {len(rows)} cells, "
-        f"{usage.cost(list(rows.values())) / 3600:.1f} hours of one core in all; a cell's seconds stand in its row, "
-        f"taken on a machine that others used too. Seeds are 0, 1, 2. Tokenizers train for {size.steps:,} steps of "
-        f"{collapse.BATCH} pictures and are measured on {size.pictures:,} held-out ones. This page is what the command "
-        "wrote.", "",
+        f"    {command}", "",
+        f"{Path(data.get('path', data['name'])).name}; {_machine()}, one thread a cell; torch {torch.__version__}. "
+        f"{len(rows)} cells, {usage.cost(list(rows.values())) / 3600:.1f} hours in all; each one's seconds are in its "
+        "row, by the clock of a machine whose two cores others used too. Seeds are 0, 1, 2. Tokenizers train for "
+        f"{size.steps:,} steps of {collapse.BATCH} pictures and are measured on {size.pictures:,} held-out ones. This "
+        "page is what the command wrote.", "",
         RULES.format(flat_db=FLAT_DB, flat_usage=f"{100 * FLAT_USAGE:.0f} %"), "",
         "| claim | verdict |", "|---|---|",
-        *(f"| {verdict.claim} | {verdict.word} |" for found in verdicts.values() for verdict in found),
+        *(f"| {verdict.claim} | {verdict.word} |" for verdict in verdicts),
     ]  # fmt: skip
-    if only is None:
-        lines += [f"| {verdict.claim} | {verdict.word} |" for verdict in OPEN]
     return "\n".join([*lines, ""])
-
-
-def _unopened() -> str:
-    return "\n".join(["## Not tried at this size", "", *(verdict.line() for verdict in OPEN), ""])
 
 
 def _machine() -> str:
