@@ -197,7 +197,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         "as many operations a token as the next-token model; two that are each as large are the paper's comparison. "
         "Sampled without guidance at temperature 1 and held against test pictures. KD is unbiased and near 0 for equal "
         "sets. 'Real' are training pictures, 'reconstructions' theirs by the tokenizer: no generator over it can be "
-        "expected to do better. Fine bits are given the true coarse labels.",
+        "expected to do better. Fine bits are those of a code within its true cluster.",
         takes="six generators of five minutes of an idle core each, and hours for each until its curve is flat",
         tokenizers=lambda setting: setting.tokenizers([(*setting.size.generated_over, 1)]),
         cells=_generation_cells,
@@ -254,7 +254,9 @@ def claims(
 
 def _write(out: Path, setting: Setting, command: str) -> dict[str, list[Verdict]]:
     """The page of all experiments that have their cells, and their files; their verdicts."""
-    sections, verdicts, rows = [], {}, {}
+    sections: list[str] = []
+    verdicts: dict[str, list[Verdict]] = {}
+    rows: dict[str, Row] = {}
     missing = []
     for name, experiment in EXPERIMENTS.items():
         cells = experiment.cells(setting)
@@ -293,7 +295,7 @@ def _head(rows: Mapping[str, Row], verdicts: Sequence[Verdict], setting: Setting
     lines = [
         "# The papers' claims, tested where a test can decide", "",
         f"    {command}", "",
-        f"{Path(data.get('path', data['name'])).name}; {_machine()}, one thread a cell; torch {torch.__version__}. "
+        f"{Path(data.get('path') or data['name']).name}; {_machine()}, one thread a cell; torch {torch.__version__}. "
         f"{len(rows)} cells, {usage.cost(list(rows.values())) / 3600:.1f} hours in all; each one's seconds are in its "
         "row, by the clock of a machine whose two cores others used too. Seeds are 0, 1, 2. Tokenizers train for "
         f"{size.steps:,} steps of {collapse.BATCH} pictures and are measured on {size.pictures:,} held-out ones. This "

@@ -216,4 +216,4 @@ def usage_plots(rows: Sequence[Row], out: Path, prefix: str) -> dict[str, str]:
 
 def cost(rows: Sequence[Row]) -> float:
     """Seconds of one core that the rows took."""
-    return sum(row["seconds"] for row in rows)
+    return sum(float(row["seconds"]) for row in rows)

@@ -101,6 +101,7 @@ def test_the_generators_compared() -> None:
     assert whole["coarse"]["num_layers"] == whole["fine"]["num_layers"] == base
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not WEIGHTS.is_dir(), reason="needs the weights of EfficientNet-Lite0")
 def test_generators_and_references(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -114,5 +115,6 @@ def test_generators_and_references(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for name in ("FD-EffLite0", "KD-EffLite0", "coverage-EffLite0", "coarse bits", "fine bits"):
         assert f" {name} |" in text
     coarse = next(row for row in rows if row.get("method") == "coarse to fine, half each")
-    assert coarse["coarse_bits"] + coarse["fine_bits"] == pytest.approx(coarse["bits"], abs=0.2)
+    assert coarse["coarse_bits"] == pytest.approx(1, abs=0.2)  # of two clusters, hardly trained
+    assert 0 < coarse["fine_bits"] < 3.91  # of 15 codes
     assert all(verdict.word.startswith("cannot be decided here") for verdict in experiment.verdicts(rows))
