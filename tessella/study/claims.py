@@ -166,9 +166,9 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     ),
     "scq": Experiment(
         title="Soft convex quantization's order of magnitude (SCQ)",
-        text="Against the VQ that collapses (plain, as many codes) and the fair ones: moving averages with splitting, "
-        "and a residual stack of 4 or 16 of them, at no higher a rate. A soft code costs its support times an index "
-        f"and {collapse.WEIGHT_BITS} bits for its weight.",
+        text="Against the VQ that the paper compares with (plain, as many codes) and the fair one: moving averages "
+        "with splitting, as many codes or at no higher a rate. A soft code costs its support times an index and "
+        f"{collapse.WEIGHT_BITS} bits for its weight.",
         takes="half an hour of an idle core beyond those of usage",
         cells=lambda setting: setting.tokenizers(setting.size.scq),
         table=partial(usage.table, methods=list(collapse.METHODS)),
@@ -282,7 +282,7 @@ def _section(name: str, experiment: Experiment, rows: list[Row], verdicts: list[
     lines = [f"## {experiment.title}", "", experiment.text, "", *(verdict.line() for verdict in verdicts), ""]
     lines += [f"![{caption}]({file})\n" for file, caption in pictures.items()]
     lines += [
-        f"`tessella study claims --only {name}`, {len(rows)} cells, {usage.cost(rows) / 60:.0f} minutes of one core, "
+        f"`tessella study claims --only {name}`, {len(rows)} cells, {usage.cost(rows) / 60:.0f} minutes, "
         f"finished {min(row['finished'] for row in rows)} to {max(row['finished'] for row in rows)}.",
         "",
         experiment.table(rows),

@@ -54,11 +54,6 @@ _POINTS = 10  # of a learning curve
 _CURVE_BATCHES = 10  # of 50 pictures each
 
 
-def _residual(bits: int, num_codebooks: int) -> Spec:
-    quantizer = {"name": "ema", "codebook_size": 2**bits, "dim": DIM, "dead_codes": "split"}
-    return {"name": "residual", "quantizer": quantizer, "num_codebooks": num_codebooks}
-
-
 # Every method of the study: the quantizer section for 2^bits codes, and the largest number of bits it is run with.
 METHODS: dict[str, tuple[Callable[[int], Spec], int]] = {
     "VQ": (lambda bits: {"name": "vq", "codebook_size": 2**bits, "dim": DIM}, 16),
@@ -69,8 +64,6 @@ METHODS: dict[str, tuple[Callable[[int], Spec], int]] = {
     "EMA split": (
         lambda bits: {"name": "ema", "codebook_size": 2**bits, "dim": DIM, "dead_codes": "split"}, 16
     ),
-    "EMA split x4": (lambda bits: _residual(bits, 4), 12),
-    "EMA split x16": (lambda bits: _residual(bits, 16), 12),
     "Gumbel": (lambda bits: {"name": "gumbel", "codebook_size": 2**bits, "dim": DIM}, 12),
     "LFQ": (lambda bits: {"name": "lfq", "dim": bits}, 16),
     "FSQ": (lambda bits: {"name": "fsq", "levels": FSQ_LEVELS[bits]}, 16),

@@ -7,10 +7,10 @@ from tessella.study.verdicts import judge
 RULES = """\
 A number is its mean over seeds with the 95 % interval of Student's t in brackets; a single seed has none. A claim
 **holds** where the intervals that it compares lie apart in its favour, **does not hold at this size** where they lie
-apart against it, and otherwise **cannot be decided here**. A learning curve is called flat where from 80 % of the steps
-on the PSNR of 500 held-out pictures moves by less than {flat_db} dB and their usage by less than {flat_usage} of
-itself; the learning rate falls to a fiftieth by then, so flat means: at the end of this schedule. What fails where a
-curve still moves was *not reached in N steps*, and is not refuted."""
+apart against it, and otherwise **cannot be decided here**. A learning curve, of 500 held-out pictures, is called flat
+where from 80 % of the steps on the usage moves by less than {flat_usage} of itself, or the PSNR by less than
+{flat_db} dB; the learning rate falls to a fiftieth by then, so flat means: at the end of this schedule. What fails
+where the curve behind it still moves was *not reached in N steps*, and is not refuted."""
 
 OPEN = (
     judge(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 from tessella.reporting.study import plot_curves, plot_histograms, plot_points
 from tessella.study.cells import Row
@@ -14,6 +15,8 @@ FULL = 0.75  # share of what uniform use would show from which a codebook counts
 ORDER_OF_MAGNITUDE = 10.0
 
 _SEEDS = "three seeds at each size"
+
+Curve = Literal["psnr", "usage"]
 
 
 def expected_usage(bits: int, num_tokens: float) -> float:
@@ -45,7 +48,7 @@ _COLUMNS: dict[str, Callable[[list[Row]], str]] = {
     "error / variance": lambda group: f"{_mean(group, 'quantization_error') / _mean(group, 'latent_variance'):.3g}",
     "support": lambda group: f"{_mean(group, 'support_size'):.1f}" if "support_size" in group[0] else "1",
     "bits a token": lambda group: f"{_mean(group, 'bits_per_token'):.0f}",
-    "flat": lambda group: "yes" if all(is_flat(row["curve"]) for row in group) else "no",
+    "flat: usage, PSNR": lambda group: f"{_flat(group, 'usage')}, {_flat(group, 'psnr')}",
     "quantizer ms": lambda group: f"{_mean(group, 'quantizer_ms'):.1f}",
     "s a cell": lambda group: f"{_mean(group, 'seconds'):.0f}",
 }
@@ -57,6 +60,10 @@ def _mean(group: list[Row], key: str) -> float:
 
 def _shown(group: list[Row], key: str, digits: int, scale: float = 1.0) -> str:
     return Measured.of([row[key] for row in group]).show(digits, scale)
+
+
+def _flat(group: list[Row], key: Curve) -> str:
+    return "yes" if all(is_flat(row["curve"], key) for row in group) else "no"
 
 
 def table(rows: Sequence[Row], methods: Sequence[str]) -> str:
@@ -76,9 +83,13 @@ def table(rows: Sequence[Row], methods: Sequence[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def unfinished(rows: Sequence[Row], *where: tuple[str, int]) -> int | None:
-    """The steps of these (method, bits) where one of their curves is not flat at its end; None where all are."""
-    moving = [row for row in rows if (row["method"], row["bits"]) in where and not is_flat(row["curve"])]
+def unfinished(rows: Sequence[Row], key: str, *where: tuple[str, int]) -> int | None:
+    """The steps of these (method, bits) where the curve behind ``key`` still moves at its end; None where all are flat.
+
+    The curve of ``usage`` is its own, that of any error is the PSNR's.
+    """
+    curve: Curve = "usage" if key == "usage" else "psnr"
+    moving = [row for row in rows if (row["method"], row["bits"]) in where and not is_flat(row["curve"], curve)]
     return max((int(row["curve"][-1]["step"]) for row in moving if row["curve"]), default=0) if moving else None
 
 
@@ -112,7 +123,9 @@ def usage_verdicts(rows: Sequence[Row]) -> list[Verdict]:
             small, large = (measured(rows, "mse", method, bits) for bits in (own[0], own[-1]))
             numbers = f"MSE {small.show(2, 1000)}e-3 against {large.show(2, 1000)}e-3"
             where = f"2^{own[0]} to 2^{own[-1]} codes"
-            case = Case(where, above(small, large), numbers, unfinished(rows, (method, own[0]), (method, own[-1])))
+            case = Case(
+                where, above(small, large), numbers, unfinished(rows, "mse", (method, own[0]), (method, own[-1]))
+            )
             found.append(judge(f"{method} reconstructs better with a larger codebook", [case], _SEEDS))
     return found
 
@@ -152,7 +165,7 @@ def _at_rate(rows: Sequence[Row], method: str, sizes: Sequence[int]) -> Verdict:
                 f"MSE {mine.show(2, 1000)}e-3 at {rate:.0f} bits a token against {theirs.show(2, 1000)}e-3 of {name} "
                 f"2^{size} at {their_rate:.0f}"
             )
-            cases.append(Case(f"2^{bits} codes", above(theirs, mine), numbers, unfinished(rows, (method, bits))))
+            cases.append(Case(f"2^{bits} codes", above(theirs, mine), numbers, unfinished(rows, "mse", (method, bits))))
     return judge(f"{method} reconstructs better than the best of the others at no higher a rate", cases, _SEEDS)
 
 
@@ -166,7 +179,9 @@ def _sizes(rows: Sequence[Row]) -> dict[str, list[int]]:
 def _full(rows: Sequence[Row], method: str, bits: int) -> Case:
     usage = measured(rows, "usage", method, bits)
     uniform = expected_usage(bits, groups(rows)[method, bits][0]["num_tokens"])
-    return Case(f"2^{bits}", above(usage, FULL * uniform), f"{usage.show(1, 100)} %", unfinished(rows, (method, bits)))
+    return Case(
+        f"2^{bits}", above(usage, FULL * uniform), f"{usage.show(1, 100)} %", unfinished(rows, "usage", (method, bits))
+    )
 
 
 def _compared(
@@ -177,7 +192,7 @@ def _compared(
     a, b = (measured(rows, key, method, bits) for method in (larger, smaller))
     numbers = f"{a.show(digits, scale)}{unit} of {larger} against {b.show(digits, scale)}{unit} of {smaller}"
     return Case(
-        f"2^{bits} codes", above(a, b, factor), numbers, unfinished(rows, (larger, bits), (smaller, bits))
+        f"2^{bits} codes", above(a, b, factor), numbers, unfinished(rows, key, (larger, bits), (smaller, bits))
     )  # fmt: skip
 
 

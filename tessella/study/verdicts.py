@@ -80,18 +80,20 @@ def both(*outcomes: Outcome) -> Outcome:
     return "yes" if all(outcome == "yes" for outcome in outcomes) else "open"
 
 
-def is_flat(curve: Sequence[Mapping[str, float]]) -> bool:
+def is_flat(curve: Sequence[Mapping[str, float]], key: Literal["psnr", "usage"]) -> bool:
     """Whether a learning curve has come to its end: the stated rule of every table.
 
-    From 80 % of the steps on, the held-out PSNR moves by less than 0.1 dB and the usage by less than a twentieth of
-    its last value. A curve of fewer than two such points is not flat.
+    From 80 % of the steps on, the PSNR moves by less than 0.1 dB, or the usage by less than a twentieth of its last
+    value. A curve of fewer than two such points is not flat.
+
+    Args:
+        curve: points with ``step``, ``psnr`` in dB and ``usage``, of held-out pictures.
+        key: which of the two.
     """
     last = curve[-1] if curve else {"step": 0}
-    end = [point for point in curve if point["step"] >= 0.8 * last["step"]]
-    if len(end) < 2:
-        return False
-    psnr, usage = ([point[key] for point in end] for key in ("psnr", "usage"))
-    return max(psnr) - min(psnr) < FLAT_DB and max(usage) - min(usage) < FLAT_USAGE * usage[-1]
+    end = [point[key] for point in curve if point["step"] >= 0.8 * last["step"]]
+    most = FLAT_DB if key == "psnr" else FLAT_USAGE * last.get(key, 0)
+    return len(end) > 1 and max(end) - min(end) < most
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ class Verdict:
 
     def line(self) -> str:
         """As the page has it."""
-        return f"- **{self.word}**: {self.claim}. {self.evidence}"
+        return f"- **{self.word}**: {self.claim}. {self.evidence}".rstrip()
 
 
 def judge(claim: str, cases: Sequence[Case], needs: str) -> Verdict:
