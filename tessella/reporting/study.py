@@ -15,7 +15,11 @@ Points = Mapping[str, Mapping[float, Sequence[float]]]
 # The mean and the ends of its interval (None without one) of values over seeds.
 Interval = Callable[[Sequence[float]], tuple[float, float | None, float | None]]
 
-# Fixed, so that a method has one colour and marker in every plot and every run.
+# A method has one colour and marker in every plot and every run.
+_METHODS = (
+    "VQ", "EMA split", "FSQ", "SimVQ", "IBQ", "IBQ scaled", "LFQ", "BSQ", "SCQ refined", "EMA", "VQ k-means", "Gumbel",
+    "SCQ exact", "SCQ relaxed",
+)  # fmt: skip
 _COLOURS = (
     "#1f5fd0", "#c2571a", "#1a8a4b", "#d03a6a", "#7b4fb5", "#0f9aa8", "#f0a35e", "#8a8f99", "#7aa6f5", "#3c3c3c",
     "#b8860b", "#6f6f6f", "#a8a8a8", "#556b2f", "#cd5c5c", "#4682b4",
@@ -24,6 +28,12 @@ _MARKERS = "osv^xDP*hX<>pd1+"
 _INK = "#3d4451"
 _PER_ROW = 4
 _DODGE = 0.09  # of the axis' unit: how far apart the methods stand, so that their intervals can be told
+
+
+def _style(method: str, others: Sequence[str]) -> dict[str, Any]:
+    known = [*_METHODS, *(name for name in others if name not in _METHODS)]
+    index = known.index(method) % len(_COLOURS)
+    return {"color": _COLOURS[index], "marker": _MARKERS[index]}
 
 
 def plot_points(
@@ -49,13 +59,15 @@ def plot_points(
         for index, (method, values) in enumerate(points.items()):
             shift = 0 if log else _DODGE * (index - (len(points) - 1) / 2)
             found = [(place, *interval(values[place])) for place in sorted(values)]
-            bars = [[mean - (low or mean), (high or mean) - mean] for _, mean, low, high in found]
+            bars = [
+                [0.0, 0.0] if low is None or high is None else [mean - low, high - mean] for _, mean, low, high in found
+            ]
             if log:  # an interval of a positive number may reach below it
                 bars = [[min(below, 0.95 * mean), up] for (below, up), (_, mean, _, _) in zip(bars, found, strict=True)]
             axes.errorbar(
                 [place + shift for place, *_ in found], [mean for _, mean, *_ in found],
-                yerr=list(zip(*bars, strict=True)), marker=_MARKERS[index % len(_MARKERS)],
-                color=_COLOURS[index % len(_COLOURS)], label=method, lw=1.4, ms=5, capsize=3,
+                yerr=list(zip(*bars, strict=True)), label=method, lw=1.4, ms=5, capsize=3,
+                **_style(method, list(points)),
             )  # fmt: skip
         if lines:
             axes.plot(list(lines), list(lines.values()), color=_INK, lw=1, ls=":", label="uniform use")
@@ -97,7 +109,7 @@ def plot_histograms(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
             axes.axhline(1, color=_INK, lw=0.8, ls=":")
             axes.set(title=method, xscale="log", yscale="log")
         figure.supxlabel("rank of the code / codebook size")
-        figure.supylabel("frequency x codebook size (1 = uniform)")
+        figure.supylabel("frequency x size (1 = uniform)")
         labels = {
             label: handle
             for axes in figure.axes
@@ -107,7 +119,7 @@ def plot_histograms(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
         figure.legend([labels[label] for label in ordered], ordered, loc="outside right", frameon=False)
 
     require("matplotlib", extra="eval")
-    size = (11.0, 2.4 * -(-len(methods) // _PER_ROW) + 0.6)
+    size = (11.0, 2.6 * -(-len(methods) // _PER_ROW) + 0.8)
     write_bytes(file, render(draw, size_in=size, ink=_INK, background="white"))
 
 
@@ -124,9 +136,9 @@ def plot_curves(curves: Mapping[str, Sequence[Mapping[str, float]]], file: Path)
 
     def draw(figure: Any) -> None:
         left, right = figure.subplots(1, 2)
-        for index, (name, curve) in enumerate(curves.items()):
+        for name, curve in curves.items():
             steps = [point["step"] for point in curve]
-            style = {"color": _COLOURS[index % len(_COLOURS)], "marker": _MARKERS[index % len(_MARKERS)], "ms": 4}
+            style = {**_style(name, list(curves)), "ms": 4}
             left.plot(steps, [point["psnr"] for point in curve], label=name, lw=1.2, **style)
             right.plot(steps, [100 * point["usage"] for point in curve], lw=1.2, **style)
         left.set(xlabel="step", ylabel="PSNR, dB")
