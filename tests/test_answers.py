@@ -148,6 +148,8 @@ CASES: list[tuple[tuple[str, ...], str]] = [
     (("study", "collapse", "--bits", "eight"), "'eight' is no comma-separated list"),
     (("study", "collapse", "--methods", "VQQ", "--out", "new"), "unknown method 'VQQ'; choose from: "),
     (("study", "collapse", "--bits", "3", "--out", "new"), "no size 2^3; choose from: "),
+    (("study", "claims", "--only", "usge", "--out", "new"), "unknown experiment 'usge'; choose from: usage, scq, "),
+    (("study", "claims", "--out", "new"), "judges pictures by a network: give its weights with --weights"),
 ]  # fmt: skip
 
 
