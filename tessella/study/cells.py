@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from tessella.errors import ConfigError
+from tessella.errors import ConfigError, Interrupted
 from tessella.processes import end_with_parent
 from tessella.recipe import differences
 from tessella.storage import write_text
@@ -117,10 +117,12 @@ def _run_missing(missing: list[Cell], out: Path, jobs: int) -> None:
 def _run(cell: Cell, out: Path) -> Row:
     folder = out / CELLS / cell.name
     write_text(folder / _SETTINGS, json.dumps(cell.settings, indent=1) + "\n")
-    row = {
-        **cell.labels, **cell.work(folder, cell.settings),
-        "finished": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-    }  # fmt: skip
+    try:
+        measured = cell.work(folder, cell.settings)
+    except Interrupted as stop:
+        # Its checkpoint is written. A worker that lived on would begin the cell that already waits for it.
+        os._exit(128 + stop.signal_number)
+    row = {**cell.labels, **measured, "finished": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")}
     write_text(folder / _RESULT, json.dumps(row, indent=1) + "\n")
     return row
 

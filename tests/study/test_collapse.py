@@ -67,7 +67,7 @@ def test_runs_resumes_and_refuses_other_settings(tmp_path: Path) -> None:
 def test_terminated_it_leaves_no_process_and_goes_on(tmp_path: Path) -> None:
     command = [
         sys.executable, "-m", "tessella", "study", "collapse", "--out", str(tmp_path), "--data", "photos",
-        "--bits", "6", "--methods", "VQ", "--steps", "100000", "--jobs", "1",
+        "--bits", "6", "--methods", "VQ,FSQ,LFQ", "--steps", "100000", "--jobs", "1",
     ]  # fmt: skip
     process = subprocess.Popen(command, start_new_session=True, env=single_threaded())
     log = tmp_path / "cells" / "VQ-6-0" / "run" / "log.jsonl"
@@ -84,6 +84,7 @@ def test_terminated_it_leaves_no_process_and_goes_on(tmp_path: Path) -> None:
         time.sleep(0.1)
     else:
         pytest.fail("processes of the study are still alive")
+    assert [path.name for path in (tmp_path / "cells").iterdir()] == ["VQ-6-0"]  # none that waited was begun
     checkpoint = latest_checkpoint(log.parent)
     assert checkpoint is not None
     assert load_state(checkpoint)["position"] >= 1
