@@ -14,7 +14,7 @@ from tessella.study.verdicts import Case, Measured, Verdict, above, by_seed, is_
 FULL = 0.75  # share of what uniform use would show from which a codebook counts as used
 ORDER_OF_MAGNITUDE = 10.0
 
-_SEEDS = "three seeds at each size"
+_SEEDS = "three seeds of each and twice the steps"
 
 Curve = Literal["psnr", "usage"]
 
