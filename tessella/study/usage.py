@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -34,7 +35,12 @@ def groups(rows: Sequence[Row]) -> dict[tuple[str, int], list[Row]]:
 
 def measured(rows: Sequence[Row], key: str, method: str, bits: int) -> Measured:
     """``key`` of one method and size over its seeds."""
-    return Measured.of(by_seed(rows, key, method=method, bits=bits))
+    return _over_seeds(by_seed(rows, key, method=method, bits=bits), key)
+
+
+def _over_seeds(values: Sequence[float], key: str) -> Measured:
+    """No number of a table is negative, and no share above 1."""
+    return Measured.of(values, least=0, most=1 if key == "usage" else math.inf)
 
 
 _COLUMNS: dict[str, Callable[[list[Row]], str]] = {
@@ -55,11 +61,11 @@ _COLUMNS: dict[str, Callable[[list[Row]], str]] = {
 
 
 def _mean(group: list[Row], key: str) -> float:
-    return Measured.of([row[key] for row in group]).mean
+    return _over_seeds([row[key] for row in group], key).mean
 
 
 def _shown(group: list[Row], key: str, digits: int, scale: float = 1.0) -> str:
-    return Measured.of([row[key] for row in group]).show(digits, scale)
+    return _over_seeds([row[key] for row in group], key).show(digits, scale)
 
 
 def _flat(group: list[Row], key: Curve) -> str:
@@ -196,9 +202,9 @@ def _compared(
     )  # fmt: skip
 
 
-def interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
-    """Mean and interval of values over seeds, for the plots."""
-    found = Measured.of(values)
+def interval(values: Sequence[float], most: float = math.inf) -> tuple[float, float | None, float | None]:
+    """Mean and interval of values over seeds, for the plots; none is negative or above ``most``."""
+    found = Measured.of(values, least=0, most=most)
     return found.mean, found.low, found.high
 
 
@@ -215,7 +221,7 @@ def usage_plots(rows: Sequence[Row], out: Path, prefix: str) -> dict[str, str]:
     sizes = sorted({row["bits"] for row in rows})
     uniform = {bits: 100 * expected_usage(bits, rows[0]["num_tokens"]) for bits in sizes}
     bits_axis = "log2 of the codebook size"
-    plot_points(_points(rows, "usage", 100), out / f"{prefix}_usage.png", interval=interval, x=bits_axis,
+    plot_points(_points(rows, "usage", 100), out / f"{prefix}_usage.png", interval=partial(interval, most=100), x=bits_axis,
                 y="codes used on held-out pictures, %", lines=uniform)  # fmt: skip
     plot_points(_points(rows, "psnr"), out / f"{prefix}_psnr.png", interval=interval, x=bits_axis, y="PSNR, dB")
     plot_histograms(rows, out / f"{prefix}_histograms.png")

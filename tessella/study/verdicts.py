@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import inf, sqrt
 from statistics import mean, stdev
 from typing import Any, Literal
 
@@ -35,8 +35,12 @@ class Measured:
     high: float | None
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Measured:
-        """Of one value a seed.
+    def of(cls, values: Sequence[float], *, least: float = -inf, most: float = inf) -> Measured:
+        """Of one value a seed; the interval ends where the number does.
+
+        Args:
+            values: one a seed.
+            least, most: what the number cannot be below and above.
 
         Raises:
             ValueError: none, or more than ten.
@@ -47,7 +51,7 @@ class Measured:
         if len(values) == 1:
             return cls(centre, None, None)
         half = _T[len(values) - 2] * stdev(values) / sqrt(len(values))
-        return cls(centre, centre - half, centre + half)
+        return cls(centre, max(least, centre - half), min(most, centre + half))
 
     def show(self, digits: int = 1, scale: float = 1.0) -> str:
         """``mean [low, high]``, or the mean alone."""
@@ -142,7 +146,8 @@ def judge(claim: str, cases: Sequence[Case], needs: str) -> Verdict:
     if cases and len(holding) == len(cases):
         word = "holds"
     elif holding:
-        word = f"holds only where: {', '.join(holding)}"
+        open_ = [case.where for case in cases if case.outcome == "open"]
+        word = f"holds only where: {', '.join(holding)}" + (f" (undecided: {', '.join(open_)})" if open_ else "")
     elif failing:
         word = f"does not hold at this size ({'; '.join(f'{case.where}: {case.numbers}' for case in failing)})"
         evidence = "; ".join(f"{case.where}: {case.numbers}" for case in cases if case not in failing)

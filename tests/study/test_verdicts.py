@@ -35,6 +35,7 @@ def test_interval_by_hand() -> None:
     assert found.mean == 2
     assert found.low == pytest.approx(2 - 4.303 / 3**0.5, abs=1e-6)
     assert found.show() == "2.0 [-0.5, 4.5]"
+    assert Measured.of([1.0, 2.0, 3.0], least=0, most=4) == Measured(2, 0, 4)
     assert Measured.of([0.5]) == Measured(0.5, None, None)
     assert Measured.of([0.5]).show(1, 100) == "50.0"
     with pytest.raises(ValueError, match="1 to 10 seeds, got 0"):
@@ -72,7 +73,8 @@ def test_words() -> None:
         Case("a", "yes", "1"), Case("b", "no", "2 [1, 3]"), Case("c", "no", "3", 500), Case("d", "open", "4")
     )  # fmt: skip
     assert judge("x", [yes], "seeds").word == "holds"
-    assert judge("x", [yes, no, open_], "seeds").word == "holds only where: a"
+    assert judge("x", [yes, no, open_], "seeds").word == "holds only where: a (undecided: d)"
+    assert judge("x", [yes, no], "seeds").word == "holds only where: a"
     assert judge("x", [no, open_], "seeds").word == "does not hold at this size (b: 2 [1, 3])"
     assert judge("x", [still], "seeds").word == "cannot be decided here (not reached in 500 steps; it would take seeds)"
     assert judge("x", [open_], "seeds").word == "cannot be decided here (it would take seeds)"
