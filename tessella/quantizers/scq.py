@@ -41,7 +41,7 @@ class SCQ(Quantizer):
     not rounded afterwards; its constants, its losses, how it projects and its code are not public. ``relaxed`` is one
     reading of that description: minimise without the constraints, then project on the simplex. By itself it is a poor
     solution of the problem (its error is far above the optimum's), hence the ``refined`` default; with
-    ``solver="relaxed"`` use ``loss="none"``. What the solvers came to in an autoencoder is in ``docs/collapse.md``.
+    ``solver="relaxed"`` use ``loss="none"``. What they come to in an autoencoder is in ``docs/claims.md``.
 
     Metrics beside ``usage`` and ``perplexity`` (of k*): ``quantization_error`` mean :math:`(z - z_q)^2`; ``hard_gap``
     mean :math:`(z_q - c_{k*})^2` of the soft z_q; ``support_size``, the mean number of non-zero weights;

@@ -30,14 +30,14 @@ Plan = Sequence[tuple[str, int, int]]
 
 USAGE_PLAN: Plan = (
     ("VQ", 6, 2), ("EMA split", 6, 2),
-    ("VQ", 10, 2), ("EMA split", 10, 2), ("FSQ", 10, 2), ("SimVQ", 10, 1), ("IBQ", 10, 2), ("IBQ scaled", 10, 2),
-    ("VQ", 14, 3), ("EMA split", 14, 3), ("FSQ", 14, 3), ("SimVQ", 14, 2), ("LFQ", 14, 1),
+    ("VQ", 10, 2), ("EMA split", 10, 3), ("FSQ", 10, 2), ("SimVQ", 10, 2), ("IBQ", 10, 2), ("IBQ scaled", 10, 2),
+    ("VQ", 14, 3), ("EMA split", 14, 3), ("FSQ", 14, 3), ("SimVQ", 14, 3), ("LFQ", 14, 1),
 )  # fmt: skip
 SCQ_PLAN: Plan = (
-    ("VQ", 6, 2), ("EMA split", 6, 2), ("SCQ refined", 6, 2), ("EMA split", 10, 2), ("EMA split", 14, 3),
+    ("VQ", 6, 2), ("EMA split", 6, 2), ("SCQ refined", 6, 3), ("EMA split", 10, 3), ("EMA split", 14, 3),
 )  # fmt: skip
 PREMISE_PLAN: Plan = (
-    ("EMA split", 10, 2), ("FSQ", 10, 2), ("SimVQ", 10, 1), ("EMA split", 14, 3), ("FSQ", 14, 3), ("SimVQ", 14, 2),
+    ("EMA split", 10, 3), ("FSQ", 10, 2), ("SimVQ", 10, 2), ("EMA split", 14, 3), ("FSQ", 14, 3), ("SimVQ", 14, 3),
 )  # fmt: skip
 
 

@@ -221,8 +221,10 @@ def usage_plots(rows: Sequence[Row], out: Path, prefix: str) -> dict[str, str]:
     sizes = sorted({row["bits"] for row in rows})
     uniform = {bits: 100 * expected_usage(bits, rows[0]["num_tokens"]) for bits in sizes}
     bits_axis = "log2 of the codebook size"
-    plot_points(_points(rows, "usage", 100), out / f"{prefix}_usage.png", interval=partial(interval, most=100), x=bits_axis,
-                y="codes used on held-out pictures, %", lines=uniform)  # fmt: skip
+    plot_points(
+        _points(rows, "usage", 100), out / f"{prefix}_usage.png", interval=partial(interval, most=100), x=bits_axis,
+        y="codes used on held-out pictures, %", lines=uniform,
+    )  # fmt: skip
     plot_points(_points(rows, "psnr"), out / f"{prefix}_psnr.png", interval=interval, x=bits_axis, y="PSNR, dB")
     plot_histograms(rows, out / f"{prefix}_histograms.png")
     largest = [row for row in rows if row["bits"] == sizes[-1] and row["seed"] == 0]
