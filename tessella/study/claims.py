@@ -280,8 +280,8 @@ def _section(name: str, experiment: Experiment, rows: list[Row], verdicts: list[
     lines = [f"## {experiment.title}", "", experiment.text, "", *(verdict.line() for verdict in verdicts), ""]
     lines += [f"![{caption}]({file})\n" for file, caption in pictures.items()]
     lines += [
-        f"`tessella study claims --only {name}`, {len(rows)} cells, {usage.cost(rows) / 60:.0f} minutes, "
-        f"finished {min(row['finished'] for row in rows)} to {max(row['finished'] for row in rows)}.",
+        f"*Made by `tessella study claims --only {name}`: {len(rows)} cells, {usage.cost(rows) / 60:.0f} minutes, "
+        f"finished {min(row['finished'] for row in rows)} to {max(row['finished'] for row in rows)}.*",
         "",
         experiment.table(rows),
     ]
