@@ -201,7 +201,8 @@ def test_the_reference_has_every_public_name() -> None:
                for member in importlib.import_module(module).__all__]  # fmt: skip
     objects += [cls for family in registry.FAMILIES for cls in registry.registered(family).values()]
     for item in objects:
-        if inspect.isclass(item) or inspect.isfunction(item):
+        own = getattr(item, "__module__", "").startswith("tessella")  # other tests register classes of theirs
+        if own and (inspect.isclass(item) or inspect.isfunction(item)):
             path = f"{item.__module__}.{item.__qualname__}"
             assert path in there or item.__module__ in there, f"{path} is on no reference page"
 

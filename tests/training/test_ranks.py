@@ -324,7 +324,7 @@ def rank_of(number: int, parent: int) -> int | None:
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
 def test_a_rank_that_dies(tmp_path: Path) -> None:
     """The last checkpoint is whole, and torchrun's restart ends with the weights of a run that nobody disturbed."""
-    command = torchrun(tmp_path, "--max-restarts", "1")
+    command = torchrun(tmp_path, "--max-restarts", "3")  # gloo may fail to meet at once after a kill
     steps = ["--set", "training.steps=60", "--set", "training.checkpoint_every=10"]
     undisturbed = subprocess.run(
         [*command, *steps, "--out", "whole"], cwd=tmp_path, env=environment(), capture_output=True, text=True
