@@ -52,7 +52,11 @@ class Ranks:
             self._own = not dist.is_initialized()
             if self._own:
                 on_gpus = torch.cuda.is_available() and dist.is_nccl_available()
-                dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo")
+                # Of this attempt's own: torchrun keeps its store over restarts, and in it the addresses of the dead.
+                store, _, _ = next(dist.rendezvous("env://", self.rank, self.size))  # type: ignore[attr-defined]
+                store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # type: ignore[attr-defined]
+                backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
+                dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size)
             # What ranks tell each other of the work itself goes over the hosts, and waits for the slowest.
             self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
         return self

@@ -204,16 +204,23 @@ def check_balancer(number: int) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two processes left what they trained."""
-    path = tmp_path_factory.mktemp("ranks")
-    for name in RESUMED:
-        run(name, path / f"{name} one then two", steps=1, decay="constant")
-    context = mp.get_context("spawn")
-    processes = [context.Process(target=work, args=(number, str(path)), daemon=True) for number in range(WORLD)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(240)
-    assert [process.exitcode for process in processes] == [0, 0]
+    for last in (False, True):  # gloo's processes do not always find each other on a busy machine: they may try twice
+        path = tmp_path_factory.mktemp("ranks")
+        for name in RESUMED:
+            run(name, path / f"{name} one then two", steps=1, decay="constant")
+        context = mp.get_context("spawn")
+        processes = [context.Process(target=work, args=(number, str(path)), daemon=True) for number in range(WORLD)]
+        for process in processes:
+            process.start()
+        end = time.monotonic() + 150
+        for process in processes:
+            process.join(max(end - time.monotonic(), 0))
+        ends = [process.exitcode for process in processes]
+        for process in processes:
+            process.kill()
+        if last or ends == [0, 0]:
+            break
+    assert ends == [0, 0]
     return path
 
 
@@ -324,7 +331,7 @@ def rank_of(number: int, parent: int) -> int | None:
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
 def test_a_rank_that_dies(tmp_path: Path) -> None:
     """The last checkpoint is whole, and torchrun's restart ends with the weights of a run that nobody disturbed."""
-    command = torchrun(tmp_path, "--max-restarts", "3")  # gloo may fail to meet at once after a kill
+    command = torchrun(tmp_path, "--max-restarts", "1")
     steps = ["--set", "training.steps=60", "--set", "training.checkpoint_every=10"]
     undisturbed = subprocess.run(
         [*command, *steps, "--out", "whole"], cwd=tmp_path, env=environment(), capture_output=True, text=True
