@@ -140,7 +140,7 @@ def codebook_section(use: CodebookUse, number: int = 24) -> Section | None:
         f"cell around it. Over {use.num_signals:,} signals, {use.num_positions:,} positions, {100 * used:.1f} % of the "
         f"{use.num_codes:,} codes occur."
     )
-    return Section("Codebook", text, [Gallery(cards)])
+    return Section("The codes used most", text, [Gallery(cards)])
 
 
 # --- kept beside the run ----------------------------------------------------------------------------------------------
