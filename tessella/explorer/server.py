@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import re
 import socket
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from importlib import resources
 from typing import Any
 
@@ -20,12 +22,15 @@ _POLICY = "default-src 'self'; img-src 'self' data: blob:; media-src data: blob:
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
-def application(session: Session, *, hosts: tuple[str, ...] = _LOOPBACK) -> Any:
+def application(session: Session, *, to_others: bool = False) -> Any:
     """The Starlette application of a session.
+
+    It answers to names of the loopback address alone: a page elsewhere that has its own name point here is refused, as
+    are its requests.
 
     Args:
         session: what is explored.
-        hosts: names it answers to. A page elsewhere that has its name point here is refused, as are its requests.
+        to_others: answer to this machine's name and to addresses too, which no page elsewhere can have for a name.
     """
     require("starlette", extra="ui")
     from starlette.applications import Starlette
@@ -38,8 +43,10 @@ def application(session: Session, *, hosts: tuple[str, ...] = _LOOPBACK) -> Any:
         async def respond(request: Request) -> Response:
             place = request.headers.get("host", "")
             origin = request.headers.get("origin", f"http://{place}")
-            if re.sub(r":\d+$", "", place) not in hosts or origin != f"http://{place}":
-                return JSONResponse({"refused": "this page answers to its own machine alone"}, 403)
+            name = re.sub(r":\d+$", "", place)
+            known = name in _LOOPBACK or (to_others and (name == socket.gethostname() or _is_address(name)))
+            if not known or origin != f"http://{place}":
+                return JSONResponse({"refused": f"this page is not called {name!r}"}, 403)
             try:
                 return await action(request)
             except Refused as refusal:
@@ -135,6 +142,14 @@ def _fields(asked: dict[str, Any], *names: str) -> list[list[int]]:
     return found
 
 
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name.strip("[]"))
+    except ValueError:
+        return False
+    return True
+
+
 def serve(session: Session, *, host: str, port: int, ready: Callable[[str], None]) -> None:
     """Serve until interrupted; ``ready`` is told the address.
 
@@ -148,13 +163,14 @@ def serve(session: Session, *, host: str, port: int, ready: Callable[[str], None
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen()  # before anybody is told: who comes early waits
     except OSError as error:
         listener.close()
         raise ConfigError(
             f"cannot listen on {host}, port {port}: {error.strerror}; --port 0 takes a free one"
         ) from error
     name = f"[{host}]" if ":" in host else host
-    with listener:
+    page = application(session, to_others=name not in _LOOPBACK)
+    with listener, suppress(KeyboardInterrupt):  # which is how it is ended
         ready(f"http://{name}:{listener.getsockname()[1]}/")
-        settings = uvicorn.Config(application(session, hosts=(*_LOOPBACK, name)), log_level="warning", access_log=False)
-        uvicorn.Server(settings).run(sockets=[listener])
+        uvicorn.Server(uvicorn.Config(page, log_level="warning", access_log=False)).run(sockets=[listener])

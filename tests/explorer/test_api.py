@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import base64
 import io
+import json
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_tokenizer, write_pictures
+from conftest import single_threaded, tiny_tokenizer, write_pictures
 from PIL import Image
 
 from tessella.checkpoint import save_generator
@@ -197,13 +203,41 @@ def test_refusals(page: Any, session: Session) -> None:
     assert "no code 125" in refused(page.get("/api/codes/0/125"))
     assert "no example" in refused(page.get("/api/examples/99999"))
     for host in ("evil.example", "127.0.0.1.evil.example"):
-        assert "own machine" in refused(client(session, host).get("/api/about"), 403)
+        assert "is not called" in refused(client(session, host).get("/api/about"), 403)
     for origin in ("https://evil.example", "http://127.0.0.1:3000", "null"):
-        assert "own machine" in refused(page.post("/api/sample", json={}, headers={"origin": origin}), 403)
+        assert "is not called" in refused(page.post("/api/sample", json={}, headers={"origin": origin}), 403)
     assert page.get("/api/about", headers={"origin": "http://127.0.0.1:8765"}).status_code == 200
     assert client(session, "[::1]").get("/api/about").status_code == 200
     alone = client(Session("", tiny_tokenizer(), ImageMedium(), None, None))
     assert "no generator" in refused(alone.post("/api/sample", json={}))
+
+
+def test_others_are_answered_on_request_by_address_alone() -> None:
+    session = Session("", tiny_tokenizer(), ImageMedium(), None, None)
+    for host, status in (("192.0.2.7", 200), (socket.gethostname(), 200), ("evil.example", 403), ("localhost", 200)):
+        opened = testclient.TestClient(application(session, to_others=True), base_url=f"http://{host}:8765")
+        assert opened.get("/api/about").status_code == status
+    assert "is not called '192.0.2.7'" in refused(client(session, "192.0.2.7").get("/api/about"), 403)
+
+
+def test_the_command_serves_until_it_is_interrupted(folder: Path) -> None:
+    command = [sys.executable, "-m", "tessella", "explore", str(folder / "tokenizer"), "--port", "0", "--device", "cpu",
+               "--data", f"folder:{folder / 'pictures'}"]  # fmt: skip
+    with subprocess.Popen(
+        command, env=single_threaded(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            address = process.stdout.readline().split()[1]
+            assert address.startswith("http://127.0.0.1:")
+            with urllib.request.urlopen(f"{address}api/about") as answer:
+                assert json.load(answer)["num_codes"] == 125
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 0, errors
+    assert "Traceback" not in errors
 
 
 def test_several_codebooks_and_none_that_can_be_shown() -> None:
@@ -268,8 +302,6 @@ def test_what_cannot_be_explored(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="name the tokenizer first"):
         open_session(tmp_path / "other", tmp_path / "other", device="cpu")
     assert open_session(tmp_path / "other", device="cpu").generator is not None
-    import socket
-
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
