@@ -6,16 +6,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tessella.autoencoders.base import Autoencoder
-from tessella.autoencoders.seanet import check_latent, check_sizes, check_wave
-from tessella.autoencoders.vocos import ConvNeXt, check_n_fft, initialise, write_spectra
+from tessella.autoencoders._spectra import Backbone, SpectralDecoder, initialise
+from tessella.autoencoders.seanet import check_sizes, check_wave
 from tessella.ops.spectral import same_stft
 
 _FLOOR = 1e-5
 _POWER = 0.3
 
 
-class Spectral(Autoencoder):
+class Spectral(SpectralDecoder):
     """Waveforms ``[B, 1, T]`` to latents ``[B, ceil(T / hop), E]`` and back to ``[B, 1, hop tokens]``.
 
     The encoder sees, a spectrum a token, logarithm of magnitude, and real and imaginary part with the magnitude
@@ -40,8 +39,6 @@ class Spectral(Autoencoder):
         ValueError: a number below 1, or ``n_fft`` that does not fit the hop.
     """
 
-    window: Tensor
-
     def __init__(
         self,
         *,
@@ -56,20 +53,15 @@ class Spectral(Autoencoder):
         super().__init__()
         check_sizes(latent_dim=latent_dim, hop=hop, dim=dim, hidden=hidden, num_encoder_blocks=num_encoder_blocks,
                     num_decoder_blocks=num_decoder_blocks)  # fmt: skip
-        check_n_fft(n_fft, hop)
-        self.in_channels = 1
-        self.latent_dim = latent_dim
-        self.stride = hop
-        self.n_fft = n_fft
+        self._set_sizes(latent_dim, hop, n_fft)
         self.reach = 3 * (1 + max(num_encoder_blocks, num_decoder_blocks)) + -(-(n_fft - hop) // (2 * hop))
         self.read = nn.Linear(3 * (n_fft // 2 + 1), dim)
-        self.encoder = _Blocks(dim, dim, hidden, num_encoder_blocks)
+        self.encoder = Backbone(dim, dim, hidden, num_encoder_blocks, dropout=None)
         self.to_latent = nn.Linear(dim, latent_dim)
-        self.decoder = _Blocks(latent_dim, dim, hidden, num_decoder_blocks)
-        self.head = nn.Linear(dim, n_fft + 2)
+        self.backbone = Backbone(latent_dim, dim, hidden, num_decoder_blocks, dropout=None)
+        self._add_head(dim)
         initialise(self.read)
         initialise(self.head)
-        self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
 
     def encode(self, x: Tensor) -> Tensor:
         """``[B, 1, T]`` to ``[B, ceil(T / hop), E]``.
@@ -85,43 +77,3 @@ class Spectral(Autoencoder):
         features = torch.cat([_POWER * magnitude.log(), compressed.real, compressed.imag], -1)
         latent: Tensor = self.to_latent(self.encoder(self.read(features)))
         return latent
-
-    def decode(self, latent: Tensor) -> Tensor:
-        """``[B, t, E]`` to ``[B, 1, t hop]``.
-
-        Raises:
-            ValueError: another shape.
-        """
-        check_latent(latent, self.latent_dim)
-        return write_spectra(self.head(self.decoder(latent)), self.n_fft, self.stride, self.window)
-
-    @property
-    def last_layer(self) -> nn.Parameter:
-        """The linear layer to spectra."""
-        weight = self.head.weight
-        assert isinstance(weight, nn.Parameter)
-        return weight
-
-    def latent_grid(self, *extent: int) -> tuple[int, ...]:
-        """``(ceil(T / hop),)``."""
-        return tuple(-(-size // self.stride) for size in extent)
-
-
-class _Blocks(nn.Module):
-    """``[B, t, in]`` to ``[B, t, dim]``: a convolution, and ConvNeXt blocks between norms of each position."""
-
-    def __init__(self, in_features: int, dim: int, hidden: int, num_blocks: int) -> None:
-        super().__init__()
-        self.embed = nn.Conv1d(in_features, dim, 7, padding=3)
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.convnext = nn.ModuleList(ConvNeXt(dim, hidden, 1 / num_blocks) for _ in range(num_blocks))
-        self.final_layer_norm = nn.LayerNorm(dim, eps=1e-6)
-        self.apply(initialise)
-
-    def forward(self, h: Tensor) -> Tensor:
-        """See the class."""
-        h = self.norm(self.embed(h.mT).mT).mT
-        for block in self.convnext:
-            h = block(h)
-        out: Tensor = self.final_layer_norm(h.mT)
-        return out
