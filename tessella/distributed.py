@@ -289,6 +289,8 @@ def spread(module: nn.Module, parts: Sequence[nn.Module], methods: Sequence[str]
 
 def exchange_gradients(module: nn.Module, now: bool) -> None:
     """Whether a module that is spread averages its gradients in the backward passes that follow, or waits."""
+    if world_size() == 1:
+        return
     from torch.distributed.fsdp import FSDPModule
 
     if isinstance(module, FSDPModule):
@@ -297,7 +299,7 @@ def exchange_gradients(module: nn.Module, now: bool) -> None:
 
 def is_spread(tensor: Tensor) -> bool:
     """Whether a tensor is divided over the ranks."""
-    return dist.is_available() and isinstance(tensor, _dtensor())
+    return world_size() > 1 and isinstance(tensor, _dtensor())
 
 
 def whole(tree: Any) -> Any:
