@@ -24,6 +24,7 @@ import torch
 
 import tessella
 from tessella.checkpoint import load
+from tessella.processes import keep_freed_memory
 from tessella.tokenization.engine import tokenize_dataset
 
 BATCH = 64
@@ -60,6 +61,7 @@ def whole_evaluation(model: Path, data: Path, pictures: int) -> dict[str, Any]:
 
 
 def measure(way: str, model: Path, data: Path, pictures: int, answer: Any) -> None:
+    keep_freed_memory()  # as the command line does
     if way == "model":
         found = model_rate(model)
     elif way == "evaluate":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -105,3 +106,30 @@ def test_sigterm_to_the_whole_group_saves(workspace: Path) -> None:
     assert "interrupted by SIGTERM; saved" in errors
     assert list((workspace / "run" / "checkpoints").glob("step-*"))
     assert gone_within(found, 10)
+
+
+# Blocks of 1 MiB (no huge pages) freed and allocated again, and the pages that the system had to hand out for them.
+LAYERS = """
+import resource, numpy
+from tessella.processes import keep_freed_memory
+keep_freed_memory()
+numpy.ones(2**17)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(64):
+    numpy.ones(2**17)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+@pytest.mark.parametrize(
+    ("environment", "pages"), [({}, range(1000)), ({"MALLOC_MMAP_THRESHOLD_": "65536"}, range(64 * 255, 10**6))]
+)
+def test_freed_memory_is_allocated_again_unless_the_environment_says_otherwise(
+    environment: dict[str, str], pages: range
+) -> None:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", LAYERS], env=clean | environment, stdout=subprocess.PIPE, timeout=60, check=True
+    )
+    assert int(done.stdout) in pages

@@ -6,10 +6,12 @@ import logging
 
 from tessella.cli.answers import answers
 from tessella.cli.app import app
+from tessella.processes import keep_freed_memory
 
 
 def main() -> None:
     """Entry point of ``tessella``."""
+    keep_freed_memory()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     with answers():
         app()

@@ -35,7 +35,9 @@ def to_tensor(pixels: Pixels) -> Tensor:
     values = np.asarray(pixels)
     half = np.float32(32767.5 if values.dtype == np.uint16 else 127.5)
     levels = values.reshape(*values.shape[:2], -1).transpose(2, 0, 1).astype(np.float32, order="C")
-    return torch.from_numpy(levels / half - np.float32(1))
+    levels /= half
+    levels -= np.float32(1)
+    return torch.from_numpy(levels)
 
 
 def resize_shorter_side(pixels: Pixels, size: int) -> Pixels:
@@ -58,6 +60,8 @@ def crop(pixels: Pixels, size: int, key: str, rng: np.random.Generator | None) -
     """
     width, height = size_of(pixels)
     room_x, room_y = width - size, height - size
+    if rng is None and room_x == room_y == 0:
+        return pixels
     if min(room_x, room_y) < 0:
         raise UnreadableImage(
             key, f"{width}x{height} px is smaller than crop_px={size}; resize_px={size} would enlarge it"

@@ -95,8 +95,8 @@ def decode(source: bytes | str | os.PathLike[str], key: str, *, channels: int = 
         with Image.open(io.BytesIO(data), formats=picture_formats()) as image:
             _check_header(image, key)
             if plain:
-                image.load()
-                return _to_mode(ImageOps.exif_transpose(image), image, MODES[channels], key)
+                ImageOps.exif_transpose(image, in_place=True)
+                return _to_mode(image, MODES[channels], key)
             pixels, alpha = _to_array(image, data, key)
         return fit(pixels, channels, bit_depth, alpha=alpha, key=key)
 
@@ -127,10 +127,10 @@ def _check_header(image: Image.Image, key: str) -> None:
         raise UnreadableImage(key, f"{image.format} with several frames; only still pictures are accepted")
 
 
-def _to_mode(image: Image.Image, opened: Image.Image, mode: str, key: str) -> Image.Image:
-    """``image`` as L, RGB or RGBA; ``opened`` is the file it is from, which alone knows its format and tags."""
-    if _is_deep_grey(image, opened):
-        levels = _full_range(image, getattr(opened, "tag_v2", {}), 255)
+def _to_mode(image: Image.Image, mode: str, key: str) -> Image.Image:
+    """An opened file as a picture of its own in L, RGB or RGBA."""
+    if _is_deep_grey(image):
+        levels = _full_range(image, getattr(image, "tag_v2", {}), 255)
         image = Image.fromarray(levels.astype(np.uint8))
     _check_mode(image, key)
     if mode != "RGBA" and image.has_transparency_data:
@@ -149,7 +149,7 @@ def _to_array(image: Image.Image, data: bytes, key: str) -> tuple[Array, bool]:
         pixels, alpha = read_deep_png(data, image.info.get("transparency"))
         return oriented(pixels, orientation), alpha
     image.load()
-    if _is_deep_grey(image, image):
+    if _is_deep_grey(image):
         levels = _full_range(image, getattr(image, "tag_v2", {}), 65535).astype(np.uint16)
         return oriented(levels[:, :, None], orientation), False
     _check_mode(image, key)
@@ -164,8 +164,8 @@ def _check_mode(image: Image.Image, key: str) -> None:
         raise UnreadableImage(key, f"pixels of mode {image.mode} have no defined range; convert to 8 or 16 bits")
 
 
-def _is_deep_grey(image: Image.Image, opened: Image.Image) -> bool:
-    return image.mode.startswith("I;16") or (image.mode == "I" and opened.format in ("PNG", "PPM"))
+def _is_deep_grey(image: Image.Image) -> bool:
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
 
 
 def _full_range(image: Image.Image, tags: Mapping[int, Any], white: int) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -81,13 +81,14 @@ class Parquet(ImageDataset):
         check_share(held_out)
         files, separate = _files_of_split(Path(path), split)
         self._files = files
-        self._base = Path(path) if Path(path).is_dir() else Path(path).parent
+        base = Path(path) if Path(path).is_dir() else Path(path).parent
         layouts = [_layout(file, image_column, label_column) for file in files]
         for file, layout in zip(files, layouts, strict=True):
             if layout.columns != layouts[0].columns or layout.class_names != layouts[0].class_names:
                 raise DataError(f"{file} and {files[0]} differ in their columns or class names")
         self.class_names = layouts[0].class_names
         self._columns = layouts[0].columns
+        self._names = [name_to_text(file.relative_to(base).as_posix()) for file in files]
         self._starts = [0, *accumulate(layout.num_rows for layout in layouts)]
         num_rows = self._starts.pop()
         if num_rows == 0:
@@ -128,8 +129,7 @@ class Parquet(ImageDataset):
 
     def _key(self, row: int) -> str:
         file = bisect_right(self._starts, row) - 1
-        name = name_to_text(self._files[file].relative_to(self._base).as_posix())
-        return f"{name}:{row - self._starts[file]}"
+        return f"{self._names[file]}:{row - self._starts[file]}"
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the bytes: a worker process reads the files itself."""

@@ -52,6 +52,7 @@ class ImageMetrics(Metrics):
 
     Raises:
         ConfigError: unknown ``pixels`` or ``window``.
+        ModuleNotFoundError: torchmetrics is missing, which has the Gaussian window.
     """
 
     signals: ClassVar[str] = "images"
@@ -70,6 +71,8 @@ class ImageMetrics(Metrics):
         self.pixels = pixels
         self.lpips_pixels = lpips_pixels or pixels
         self.window = window
+        if window == "gaussian":
+            _torchmetrics()  # seconds of importing, before anything is timed
         self._scores: dict[str, list[float]] = {}
 
     def update(self, x: Tensor, x_hat: Tensor, batch: Batch | None = None) -> None:
@@ -171,7 +174,7 @@ def gaussian_ssim(x: Tensor, x_hat: Tensor) -> Tensor:
     """
     if min(x.shape[2:]) < _GAUSSIAN_MIN_PX:
         raise ValueError(f"SSIM needs pictures of at least {_GAUSSIAN_MIN_PX} px, got {x.shape[2]}x{x.shape[3]}")
-    metrics = require("torchmetrics.functional.image", extra="eval")
+    metrics = _torchmetrics()
     # All planes of some pictures as the channels of one: the window is then one convolution of many groups in memory
     # that stays near, several times as fast on a CPU as three groups of all, and the same to the last bit.
     means = []
@@ -182,6 +185,10 @@ def gaussian_ssim(x: Tensor, x_hat: Tensor) -> Tensor:
         )  # fmt: skip
         means.append(values.reshape(len(some), -1).mean(1))
     return torch.cat(means)
+
+
+def _torchmetrics() -> Any:
+    return require("torchmetrics.functional.image", extra="eval")
 
 
 def uniform_ssim(x: Tensor, x_hat: Tensor) -> Tensor:

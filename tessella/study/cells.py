@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from tessella.errors import ConfigError, Interrupted
-from tessella.processes import end_with_parent
+from tessella.processes import end_with_parent, keep_freed_memory
 from tessella.recipe import differences
 from tessella.storage import write_text
 
@@ -129,6 +129,7 @@ def _run(cell: Cell, out: Path) -> Row:
 
 def _prepare_worker(parent: int) -> None:
     end_with_parent(parent)
+    keep_freed_memory()
     torch.set_num_threads(1)
     logging.getLogger("tessella").setLevel(logging.WARNING)
 

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from tessella.distributed import device_of
 from tessella.errors import TessellaError
-from tessella.processes import end_with_parent, leave_signals_to_parent
+from tessella.processes import end_with_parent, keep_freed_memory, leave_signals_to_parent
 from tessella.tokenization.plan import Record
 from tessella.tokenization.unit import Job, Worker
 from tessella.tokenizer import Tokenizer
@@ -138,6 +138,7 @@ def _work(job: Job, pipe: Connection, parent: int) -> None:
     """A worker's life: records and counts of inputs go out, at last None; or the exception that ended it."""
     end_with_parent(parent)
     leave_signals_to_parent()
+    keep_freed_memory()
     try:
         for record in Worker(job).run(iter(pipe.recv, None), pipe.send):
             pipe.send(record)

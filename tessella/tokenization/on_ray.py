@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tessella.extras import require
+from tessella.processes import keep_freed_memory
 from tessella.tokenization.executors import Executor, WorkerError
 from tessella.tokenization.plan import Record
 from tessella.tokenization.unit import Job, Worker
@@ -82,6 +83,7 @@ class _Actor:
     """A worker in a process of Ray's."""
 
     def __init__(self, job: Job) -> None:
+        keep_freed_memory()
         self._worker = Worker(job)
 
     def make(self, number: int) -> Record:
