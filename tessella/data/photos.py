@@ -112,7 +112,9 @@ class Photos(ImageDataset):
             widths = np.array([box.width for box in boxes])
             box = boxes[random_for(0, 0, index).choice(len(boxes), p=widths / widths.sum())]
         pixels = _photograph(name)[box.top : box.bottom, box.left : box.right]
-        return Picture(Image.fromarray(pixels).convert(MODES[self.channels]), label, f"{name}:{index}")
+        # As they are the pixels are cropped without a copy of all of them.
+        picture = pixels if self.channels == 3 else Image.fromarray(pixels).convert(MODES[self.channels])
+        return Picture(picture, label, f"{name}:{index}")
 
     def sources(self) -> Iterable[Path]:
         """The photographs."""
