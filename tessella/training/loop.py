@@ -31,10 +31,11 @@ class Loop:
         steps: optimizer steps.
         batch_size: samples per optimizer step, on all ranks together.
         accumulate: micro-batches a step is split into (gradients are averaged).
-        optimizer: ``adam`` or ``adamw``.
+        optimizer: ``adam``, ``adamw``, or ``muon``: Muon for the weights of linear and convolutional layers, AdamW for
+            what else there is (:class:`tessella.training.optimizers.Muon`).
         lr: peak learning rate.
         betas: of Adam.
-        weight_decay: of AdamW (decoupled); on matrices and convolutions, never on biases, norms or codebooks.
+        weight_decay: of AdamW and Muon (decoupled); on matrices and convolutions, never on biases, norms or codebooks.
         warmup_steps: linear warm-up from 0.
         hold: share of the steps after the warm-up during which the rate stays at its peak.
         decay: schedule after that: ``constant``, ``cosine`` or ``linear`` down to ``final_lr`` (a fraction of ``lr``).
@@ -60,7 +61,7 @@ class Loop:
         steps: int = 10_000,
         batch_size: int = 64,
         accumulate: int = 1,
-        optimizer: Literal["adam", "adamw"] = "adamw",
+        optimizer: Literal["adam", "adamw", "muon"] = "adamw",
         lr: float = 1e-3,
         betas: Sequence[float] = (0.9, 0.99),
         weight_decay: float = 0.0,

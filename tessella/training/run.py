@@ -37,10 +37,10 @@ from tessella.distributed import (
 )
 from tessella.errors import ConfigError, EndedElsewhere, Interrupted, NotFiniteError, TrainingError
 from tessella.objectives.base import StepOutput
-from tessella.quantizers.base import Quantizer
 from tessella.text import printable
 from tessella.training.base import Step
 from tessella.training.logs import RunLog, TrainingProgress, held_back
+from tessella.training.optimizers import make_optimizer
 from tessella.training.precision import resolve_precision
 
 if TYPE_CHECKING:
@@ -85,7 +85,10 @@ class Run:
                 if parts := step.parts(model):
                     spread(model, parts, ["sample"])
         # Of the parameters as they are now: the ranks' parts, where they are spread.
-        self.optimizers = {name: self._optimizer(parameters) for name, parameters in step.parameter_groups().items()}
+        self.optimizers = {
+            name: make_optimizer(settings, parameters, model=step.model, modules=step.modules())
+            for name, parameters in step.parameter_groups().items()
+        }
         if settings.compile:
             for network in step.networks():
                 network.compile()
@@ -102,19 +105,6 @@ class Run:
         """Randomness of this rank's own: what the first has, the others must not repeat."""
         numbers = np.random.SeedSequence((self.settings.seed, self.ranks.rank, self.position))
         torch.manual_seed(int(numbers.generate_state(1, np.uint64)[0]))
-
-    def _optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        s = self.settings
-        if s.optimizer == "adam":
-            return torch.optim.Adam(parameters, lr=s.lr, betas=s.betas)
-        codes = {p for module in self.step.modules() if isinstance(module, Quantizer) for p in module.parameters()}
-        shrinking = [p for p in parameters if p.ndim > 1 and p not in codes]
-        others = [p for p in parameters if p.ndim <= 1 or p in codes]
-        groups = [
-            {"params": shrinking, "weight_decay": s.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW([group for group in groups if group["params"]], lr=s.lr, betas=s.betas)
 
     def run(self, claim: Callable[[], None]) -> nn.Module:
         """See :meth:`Loop.run`."""

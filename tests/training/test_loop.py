@@ -172,8 +172,8 @@ def test_settings_out_of_range(settings: dict[str, object], message: str) -> Non
 # --- interruption ---------------------------------------------------------------------------------------------------
 
 
-def start(workspace: Path, out: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tessella", "train", "tiny.toml", "--out", out, "--device", "cpu"]
+def start(workspace: Path, out: str, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tessella", "train", "tiny.toml", "--out", out, "--device", "cpu", *more]
     return subprocess.Popen(command, cwd=workspace, env=single_threaded(), stderr=subprocess.PIPE, text=True)
 
 
@@ -196,15 +196,17 @@ def final_state(run: Path) -> tuple[bytes, dict[str, object]]:
     return (folder / "model.safetensors").read_bytes(), state
 
 
-def test_killed_and_continued_ends_with_the_same_bits(workspace: Path) -> None:
-    code, errors = finish(start(workspace, "whole"))
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_killed_and_continued_ends_with_the_same_bits(workspace: Path, optimizer: str) -> None:
+    choice = ("--set", f"training.optimizer={optimizer}")
+    code, errors = finish(start(workspace, "whole", *choice))
     assert code == 0, errors
-    process = start(workspace, "killed")
+    process = start(workspace, "killed", *choice)
     wait_for(workspace / "killed" / "checkpoints" / "step-00000008", process)
     process.send_signal(signal.SIGKILL)
     assert finish(process)[0] == -signal.SIGKILL
     assert not (workspace / "killed" / "checkpoints" / "step-00000024").exists()
-    code, errors = finish(start(workspace, "killed"))
+    code, errors = finish(start(workspace, "killed", *choice))
     assert code == 0, errors
     (weights, state), (other_weights, other_state) = (final_state(workspace / run) for run in ("whole", "killed"))
     assert weights == other_weights

@@ -109,10 +109,12 @@ CASES: dict[str, tuple[Callable[[], Step], int, dict[str, Any]]] = {
     "adversarial later": (lambda: adversarial_step(1), 32, {"batch_size": 4}),
     "generator": (generator_step, 8, {"ema_decay": 0.9}),
     "generator accumulated": (generator_step, 8, {"accumulate": 2}),
+    "muon": (lambda: tokenizer_step(QUANTIZERS["simvq"]), 8, {"optimizer": "muon"}),
+    "generator by muon": (generator_step, 8, {"optimizer": "muon"}),
 }
 
 
-RESUMED = ("averaged", "generator")
+RESUMED = ("averaged", "generator", "generator by muon")
 
 
 def run(name: str, folder: Path, ranks: Ranks | None = None, **settings: Any) -> dict[str, dict[str, Tensor]]:
