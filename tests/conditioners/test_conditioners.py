@@ -154,3 +154,18 @@ def test_refuses_conditions(conditioner: Conditioner, condition: Tensor, message
 def test_refuses_arguments(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make(name, **options)
+
+
+def test_image_through_strided_convolutions() -> None:
+    """Halved as often as a patch is large, to the full width; what a patch shows is at its place."""
+    image = make("image", stem="conv", patch_px=4)
+    assert isinstance(image, Image)
+    convolutions = [layer for layer in image.patches.modules() if isinstance(layer, torch.nn.Conv2d)]
+    assert [(c.in_channels, c.out_channels, c.stride[0]) for c in convolutions] == [(3, 8, 2), (8, 16, 2), (16, 16, 1)]
+    image.encoder.blocks = torch.nn.ModuleList()
+    picture = torch.randn(1, 3, 8, 12, requires_grad=True)
+    (gradient,) = torch.autograd.grad(image(picture, 1)[0, 5, 0], picture)
+    seen = gradient[0].abs().sum(0)  # by the norms a little of everything
+    assert seen[3:, 7:].mean() > 4 * seen[:3, :7].mean()
+    with pytest.raises(ValueError, match="power of two"):
+        make("image", size_px=[12, 12], patch_px=6, stem="conv")
