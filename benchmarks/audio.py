@@ -30,6 +30,7 @@ from torch.nn import functional
 import tessella
 from tessella.autoencoders.seanet import CausalConv, SEANetEncoder
 from tessella.autoencoders.vocos import Vocos
+from tessella.processes import keep_freed_memory
 
 RATE = 24_000
 RECIPE = "simvq_audio_4k"
@@ -183,6 +184,7 @@ def main() -> None:
     parser.add_argument("--long-minutes", type=int, default=30)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
+    keep_freed_memory()  # as the command line does; for all alike
     torch.manual_seed(0)
     record = {
         "threads": torch.get_num_threads(), "load": os.getloadavg()[0], "torch": torch.__version__,

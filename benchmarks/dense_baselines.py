@@ -2,23 +2,28 @@
 
 python benchmarks/dense_baselines.py uvim_depth_small
 python benchmarks/dense_baselines.py uvim_panoptic_small --data CAMVID
+python benchmarks/dense_baselines.py uvim_color_small --data IMAGENETTE --weights WEIGHTS
 
 The constant is fitted to the first 500 training samples and scored on the test split with the medium's own metrics:
 a number (the median depth), the picture's own grey, or at each place the class seen most often there, each class one
-segment. The map of depth is the median at each place.
+segment. The map of depth is the median at each place. With weights also the Frechet distance of grey pictures from
+their originals, as `tessella evaluate --protocol efflite0` measures it.
 """
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from tessella.commands._data import data_section, open_data
+from tessella.commands._distribution import features_of
 from tessella.config import build, resolve_recipe
 from tessella.data.base import Samples
+from tessella.evaluation.distribution import evaluate_distribution
 from tessella.media.base import Medium
 from tessella.media.color import Color
 from tessella.media.depth import Depth
@@ -32,6 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("recipe")
     parser.add_argument("--data")
+    parser.add_argument("--weights", type=Path)
     arguments = parser.parse_args()
     raw = read_recipe(arguments.recipe)
     if arguments.data:
@@ -47,6 +53,11 @@ def main() -> None:
             measured.update(sample["x"][None], x_hat[None])
         numbers = {key: value for key, value in measured.compute().items() if isinstance(value, float)}
         print(name, len(test), {key: round(value, 4) for key, value in numbers.items()})
+    if arguments.weights and isinstance(medium, Color):
+        network = medium.feature_network("efflite0", arguments.weights, torch.device("cpu"))
+        grey = (test[index]["context"][None] for index in range(len(test)))
+        distance = evaluate_distribution(grey, features_of(test, network, None), network)
+        print("grey", len(test), {name: round(found.value, 2) for name, found in distance.values.items()})
 
 
 def constants(medium: Medium, train: Samples) -> dict[str, Tensor | None]:
